@@ -1,0 +1,49 @@
+# The same commands for people and for CI. Each runs in the project's own .venv, which scripts/dev.sh makes when needed.
+DEV := scripts/dev.sh
+PYTEST := $(DEV) pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-containers check format bench lock clean
+
+help:  ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1@\2/p' Makefile | column -t -s @
+
+setup:  ## make .venv from requirements.lock
+	$(DEV)
+
+demo:  ## run the demonstration
+	$(DEV) coordinator demo
+
+test: test-servers  ## run all tests, with servers from TEST_AMQP_URL and TEST_PG_URL, Docker, or this machine
+	$(PYTEST)
+
+test-unit:  ## run the tests that need no server
+	$(PYTEST) tests/unit
+
+test-containers:  ## run the integration tests against containers, with a Docker daemon of their own if none runs
+	scripts/containers.sh
+
+.PHONY: test-servers
+test-servers:
+	@$(DEV) python -m tests.support.servers install
+
+check:  ## lint, formatting, types, layers, purity
+	$(DEV) ruff check
+	$(DEV) ruff format --check
+	$(DEV) mypy
+	$(DEV) lint-imports
+	$(DEV) python scripts/check_purity.py
+
+format:  ## format the code, and repair what the linter can
+	$(DEV) ruff format
+	$(DEV) ruff check --fix
+
+bench: test-servers  ## measure throughput and latency
+	$(DEV) python -m benchmarks
+
+lock:  ## write requirements.lock anew from pyproject.toml
+	scripts/lock.sh
+
+clean:  ## remove what the commands above have made
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .demo dist bench.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

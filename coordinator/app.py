@@ -1,0 +1,69 @@
+"""An application: its sagas, handlers and resources under one name."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dishka import Provider
+from sqlalchemy import MetaData
+
+from coordinator.definition import Saga
+from events.errors import DefinitionError
+from events.message import Command, Message
+from events.registry import Registry
+from handlers.definition import Handler
+
+
+@dataclass(frozen=True)
+class App:
+    """What one deployment runs. `coordinator run module:app` starts it.
+
+    Attributes:
+        name: the name of the application; the CloudEvents `source` of its messages is `/name`.
+        sagas: the saga classes; several versions of one saga run side by side.
+        handlers: what `@handles` made.
+        resources: dishka providers of what handlers ask for.
+        tables: tables of the application's own that are created at start where they are missing. For
+            development; in production keep migrations of your own.
+        messages: further message classes that `coordinator publish` shall know.
+    """
+
+    name: str
+    sagas: Sequence[type[Saga]] = ()
+    handlers: Sequence[Handler] = ()
+    resources: Sequence[Provider] = ()
+    tables: Sequence[MetaData] = ()
+    messages: Sequence[type[Message]] = ()
+
+    def __post_init__(self) -> None:
+        names = [handler.name for handler in self.handlers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise DefinitionError(f"app {self.name}: two handlers are called {', '.join(sorted(twice))}; use `name=`")
+        commands = [handler.message for handler in self.handlers if issubclass(handler.message, Command)]
+        if twice := {command.__name__ for command in commands if commands.count(command) > 1}:
+            raise DefinitionError(f"app {self.name}: {', '.join(sorted(twice))} has two handlers; a command has one")
+        sagas = [(saga.definition.name, saga.definition.version) for saga in self.sagas]
+        if doubled := {saga for saga in sagas if sagas.count(saga) > 1}:
+            raise DefinitionError(f"app {self.name}: two sagas have the same name and version: {sorted(doubled)}")
+        self.registry  # noqa: B018  # refuses two classes with one type, now rather than later
+
+    @property
+    def source(self) -> str:
+        """The CloudEvents source of what this application says."""
+        return f"/{self.name}"
+
+    @property
+    def registry(self) -> Registry:
+        """All message classes that can be read off the application."""
+        return Registry(self._message_classes())
+
+    def _message_classes(self) -> Iterator[type[Message]]:
+        yield from self.messages
+        for handler in self.handlers:
+            yield handler.message
+        for saga in self.sagas:
+            for start in saga.definition.starts:
+                yield start.event
+            for step in saga.definition.steps:
+                for hook in (step.on_succeeded, step.on_declined):
+                    if hook is not None:
+                        yield hook.outcome

@@ -1,0 +1,421 @@
+"""The functional core: what follows from an input. No clock, no randomness, no input or output.
+
+`decide` takes an instance and one input and returns a `Decision`: the next instance, the messages to send,
+and the history entry. Every change of an instance goes through here.
+"""
+
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from coordinator.definition import Deadline, Hook, OutcomeHook, Saga, SagaDefinition, Step
+from coordinator.instance import Instance, Status, StepState, StepStatus
+from events.derive import derive_id
+from events.envelope import Direction, Result
+from events.message import Command, Event, Failed, Message
+
+_MAX_REASON = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A start event has arrived; `saga_id` is a fresh id for the instance."""
+
+    saga_id: UUID
+    event: Event
+    message_id: str
+    now: datetime
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    """The outcome of a command has arrived. `outcome` is its message where the saga wants to see it."""
+
+    step: str
+    direction: Direction
+    attempt: int
+    result: Result
+    outcome: Message | None
+    detail: str
+    message_id: str
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Elapsed:
+    """Time has passed: deadlines up to `now` are due."""
+
+    now: datetime
+
+
+Input = Started | Replied | Elapsed
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command to send for a step. The same request, decided on again, has the same id."""
+
+    id: UUID
+    command: Command
+    step: str
+    direction: Direction
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """An event to publish."""
+
+    id: UUID
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """What happened: one row for each revision of an instance."""
+
+    kind: str
+    at: datetime
+    status: Status
+    step: str | None = None
+    direction: Direction | None = None
+    attempt: int | None = None
+    result: Result | None = None
+    message_id: str | None = None
+    reason: str | None = None
+    change: dict[str, Any] = field(default_factory=dict)
+    sent: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """All that follows from an input."""
+
+    instance: Instance
+    requests: tuple[Request, ...]
+    announcements: tuple[Announcement, ...]
+    entry: HistoryEntry
+
+
+def decide(definition: SagaDefinition, instance: Instance | None, given: Input) -> Decision | None:
+    """Return what follows from `given`, None if nothing does.
+
+    Raises:
+        Exception: whatever the saga's start method raises; every other method's error is an outcome.
+    """
+    if isinstance(given, Started):
+        return _start(definition, given)
+    if instance is None:
+        raise ValueError("only a start event needs no instance")
+    draft = _Draft(definition, instance, given.now)
+    if isinstance(given, Replied):
+        return _reply(draft, given)
+    return _elapse(draft)
+
+
+def give_up(instance: Instance, reason: str, now: datetime) -> Decision:
+    """Return the decision about an instance that its definition cannot read any more: a person must look at it."""
+    steps = {name: replace(at, due_at=None) for name, at in instance.steps.items()}
+    stuck = replace(
+        instance,
+        status=Status.NEEDS_ATTENTION,
+        steps=steps,
+        revision=instance.revision + 1,
+        due_at=None,
+        reason=reason[:_MAX_REASON],
+        updated_at=now,
+    )
+    return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason))
+
+
+class _Draft:
+    """An instance in the making: the only thing that changes here, and it lives for one decision."""
+
+    def __init__(self, definition: SagaDefinition, instance: Instance, now: datetime) -> None:
+        self.definition = definition
+        self.before = instance
+        self.now = now
+        self.saga: Saga = definition.cls.from_state(instance.state)
+        self.steps = dict(instance.steps)
+        self.status = instance.status
+        self.reason = instance.reason
+        self.requests: list[Request] = []
+        self.announcements: list[Announcement] = []
+
+    def set(self, step: str, **changes: Any) -> None:
+        self.steps[step] = replace(self.steps[step], **changes)
+
+    def explain(self, reason: str) -> None:
+        """Keep the first reason: what comes later follows from it."""
+        if self.reason is None:
+            self.reason = reason[:_MAX_REASON]
+
+    def finish(self, kind: str, **about: Any) -> Decision:
+        before = self.before
+        state = self.saga.to_state()
+        change: dict[str, Any] = {}
+        if state != before.state:
+            change["state"] = {name: value for name, value in state.items() if before.state.get(name) != value}
+        if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
+            change["steps"] = {name: at.to_json() for name, at in changed.items()}
+        due = [at.due_at for at in self.steps.values() if at.due_at is not None]
+        instance = replace(
+            before,
+            status=self.status,
+            state=state,
+            steps=self.steps,
+            revision=before.revision + 1,
+            due_at=min(due) if due else None,
+            reason=self.reason,
+            updated_at=self.now,
+        )
+        sent = [
+            {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}
+            for r in self.requests
+        ] + [{"id": str(a.id), "type": a.event.message_type} for a in self.announcements]
+        entry = HistoryEntry(
+            kind, self.now, self.status, reason=self.reason, change=change, sent=tuple(sent), **about
+        )
+        return Decision(instance, tuple(self.requests), tuple(self.announcements), entry)
+
+
+def _start(definition: SagaDefinition, given: Started) -> Decision:
+    start = definition.start_for(given.event.message_type)
+    saga = getattr(definition.cls, start.name)(given.event)
+    if not isinstance(saga, definition.cls):
+        raise TypeError(f"{definition.cls.__name__}.{start.name} must return a {definition.cls.__name__}, not {saga!r}")
+    instance = Instance(
+        id=given.saga_id,
+        saga=definition.name,
+        version=definition.version,
+        key=definition.key_of(start, saga),
+        status=Status.RUNNING,
+        state=saga.to_state(),
+        traceparent=given.traceparent,
+        created_at=given.now,
+    )
+    draft = _Draft(definition, instance, given.now)
+    _walk(draft)
+    decision = draft.finish("started", message_id=given.message_id)
+    return replace(decision, entry=replace(decision.entry, change={**decision.entry.change, "state": instance.state}))
+
+
+def _reply(draft: _Draft, given: Replied) -> Decision:
+    about = {
+        "step": given.step,
+        "direction": given.direction,
+        "attempt": given.attempt,
+        "result": given.result,
+        "message_id": given.message_id,
+    }
+    at = draft.steps.get(given.step)
+    step = draft.definition.by_name.get(given.step)
+    if at is None or step is None:
+        return draft.finish("late_reply", **about)
+    if at.awaits(given.direction, given.attempt):
+        if given.direction is Direction.DO:
+            _done(draft, step, given)
+        else:
+            _undone(draft, step, given)
+        _walk(draft)
+        return draft.finish("reply", **about)
+    if _is_late_success(at, given):
+        _late_success(draft, step, given)
+        return draft.finish("late_success", **about)
+    return draft.finish("late_reply", **about)
+
+
+def _done(draft: _Draft, step: Step, given: Replied) -> None:
+    """Take in the outcome of a step."""
+    match given.result:
+        case Result.SUCCEEDED:
+            draft.set(step.name, status=StepStatus.SUCCEEDED, due_at=None)
+            if error := _apply(draft, step.on_succeeded, given.outcome):
+                _turn_back(draft, f"{step.name} succeeded, but {error}")
+        case Result.DECLINED:
+            draft.set(step.name, status=StepStatus.DECLINED, due_at=None)
+            error = _apply(draft, step.on_declined, given.outcome)
+            _turn_back(draft, f"{step.name} declined: {given.detail}" + (f"; {error}" if error else ""))
+        case Result.FAILED:
+            # Tried in vain is not the same as not done: a call may have been answered too late to be seen.
+            draft.set(step.name, status=StepStatus.UNKNOWN, due_at=None)
+            _turn_back(draft, f"{step.name} failed: {given.detail}")
+
+
+def _undone(draft: _Draft, step: Step, given: Replied) -> None:
+    """Take in the outcome of a compensation."""
+    if given.result is Result.SUCCEEDED:
+        draft.set(step.name, status=StepStatus.UNDONE, due_at=None)
+    else:
+        draft.set(step.name, status=StepStatus.UNDO_FAILED, due_at=None)
+        draft.explain(f"{step.name} could not be undone: {given.detail}")
+
+
+def _is_late_success(at: StepState, given: Replied) -> bool:
+    given_up = at.status in (StepStatus.UNKNOWN, StepStatus.UNDOING, StepStatus.UNDONE, StepStatus.UNDO_FAILED)
+    success = given.direction is Direction.DO and given.result is Result.SUCCEEDED
+    return success and given_up and given.attempt == at.attempt and not at.late
+
+
+def _late_success(draft: _Draft, step: Step, given: Replied) -> None:
+    """A step that was given up on has happened after all: undo it, now that it is known what there is to undo.
+
+    A compensation that was sent before may have found nothing to undo, so it is sent again as a new attempt.
+    Its idempotency key is the same, so what was undone already is not undone twice.
+    """
+    if error := _apply(draft, step.on_succeeded, given.outcome):
+        draft.explain(f"{step.name} succeeded late, but {error}")
+    undoing = draft.steps[step.name].status is StepStatus.UNDOING
+    draft.set(step.name, status=StepStatus.SUCCEEDED, late=True, due_at=None)
+    if step.undo is None:
+        return
+    if undoing:
+        _undo(draft, step)
+    elif draft.status is not Status.COMPENSATING:
+        draft.status = Status.COMPENSATING
+        _walk(draft)
+    elif not any(at.status.outstanding for at in draft.steps.values()):
+        _walk(draft)
+
+
+def _elapse(draft: _Draft) -> Decision | None:
+    due = [name for name, at in draft.steps.items() if at.due_at is not None and at.due_at <= draft.now]
+    if not due:
+        return None  # somebody was faster: the deadline was met or moved
+    for name in due:
+        step, at = draft.definition.by_name[name], draft.steps[name]
+        if at.status is StepStatus.RUNNING:
+            if at.sends <= step.deadline.resends:
+                _send(draft, step, Direction.DO, at.attempt, at.sends + 1)
+            else:
+                draft.set(name, status=StepStatus.UNKNOWN, due_at=None)
+                _turn_back(draft, f"{name} gave no answer in time")
+        elif at.status is StepStatus.UNDOING:
+            if at.sends <= step.undo_deadline.resends:
+                _send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
+            else:
+                draft.set(name, status=StepStatus.UNDO_FAILED, due_at=None)
+                draft.explain(f"undoing {name} gave no answer in time")
+    if not draft.requests:
+        _walk(draft)
+    return draft.finish("deadline", step=due[0])
+
+
+def _turn_back(draft: _Draft, reason: str) -> None:
+    draft.status = Status.COMPENSATING
+    draft.explain(reason)
+
+
+def _walk(draft: _Draft) -> None:
+    """Send what comes next in the saga's direction, or end it: one walk for both ways."""
+    while draft.status.in_flight:
+        step = _next(draft)
+        if step is None:
+            _end(draft)
+        elif draft.status is Status.RUNNING:
+            draft.steps[step.name] = StepState(StepStatus.RUNNING)
+            _send(draft, step, Direction.DO, 1, 1)
+        else:
+            _undo(draft, step)
+        if draft.requests:
+            return
+
+
+def _next(draft: _Draft) -> Step | None:
+    steps = draft.definition.steps
+    if draft.status is Status.RUNNING:
+        return next((step for step in steps if step.name not in draft.steps), None)
+    return next(
+        (
+            step
+            for step in reversed(steps)
+            if step.undo is not None and step.name in draft.steps and draft.steps[step.name].status.to_undo
+        ),
+        None,
+    )
+
+
+def _undo(draft: _Draft, step: Step) -> None:
+    attempt = draft.steps[step.name].undo_attempt + 1
+    draft.set(step.name, status=StepStatus.UNDOING, undo_attempt=attempt, sends=0)
+    _send(draft, step, Direction.UNDO, attempt, 1)
+
+
+def _send(draft: _Draft, step: Step, direction: Direction, attempt: int, sends: int) -> None:
+    """Ask the saga for the command and send it; if the saga cannot make it, nothing was done."""
+    hook: Hook | None = step if direction is Direction.DO else step.undo
+    deadline: Deadline = step.deadline if direction is Direction.DO else step.undo_deadline
+    command, error = _call(draft, hook)
+    if error is None and not isinstance(command, Command):
+        error = f"it must return a Command, not {type(command).__name__}"
+    if error is not None:
+        if direction is Direction.DO:
+            never_sent = draft.steps[step.name].sends == 0
+            draft.set(step.name, status=StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN, due_at=None)
+            _turn_back(draft, f"{step.name} could not be asked for: {error}")
+        else:
+            draft.set(step.name, status=StepStatus.UNDO_FAILED, due_at=None)
+            draft.explain(f"{step.name} could not be undone: {error}")
+        return
+    draft.set(step.name, sends=sends, due_at=draft.now + timedelta(seconds=deadline.wait(sends)))
+    identity = derive_id(draft.before.id, step.name, direction.value, attempt)
+    draft.requests.append(Request(identity, command, step.name, direction, attempt))
+
+
+def _end(draft: _Draft) -> None:
+    """All steps are done, or all that can be undone is: say so."""
+    if draft.status is Status.RUNNING:
+        draft.status, ending, arguments = Status.COMPLETED, draft.definition.on_completed, ()
+    elif any(at.status is StepStatus.UNDO_FAILED for at in draft.steps.values()):
+        draft.status = Status.NEEDS_ATTENTION
+        return
+    else:
+        draft.status, ending, arguments = Status.COMPENSATED, draft.definition.on_compensated, (draft.reason or "",)
+    if ending is None:
+        return
+    event, error = _call(draft, ending, *arguments)
+    if error is None and event is not None and not isinstance(event, Event):
+        error = f"it must return an Event or None, not {type(event).__name__}"
+    if error is not None:
+        draft.reason = f"{draft.status.value}, but {ending.name} failed: {error}"[:_MAX_REASON]
+        draft.status = Status.NEEDS_ATTENTION
+    elif event is not None:
+        draft.announcements.append(Announcement(derive_id(draft.before.id, "announce", draft.status.value), event))
+
+
+def _apply(draft: _Draft, hook: OutcomeHook | None, outcome: Message | None) -> str | None:
+    """Let the saga take an outcome into its state; return what went wrong, and then leave the state as it was."""
+    if hook is None or outcome is None:
+        return None
+    state = draft.saga.to_state()
+    _, error = _call(draft, hook, outcome)
+    if error is None:
+        try:  # what the method assigned must be storable, too
+            draft.saga = draft.definition.cls.from_state(draft.saga.to_state())
+        except Exception as broken:  # noqa: BLE001  # pydantic and user validators raise what they like
+            error = f"{hook.name} left a broken state: {broken!r}"
+    if error is not None:
+        draft.saga = draft.definition.cls.from_state(state)
+    return error
+
+
+def _call(draft: _Draft, hook: Hook | None, *arguments: Any) -> tuple[Any, str | None]:
+    """Call a method of the saga; an exception in it spoils this saga only, never the batch."""
+    if hook is None:
+        return None, "there is no method for it"
+    try:
+        return hook.function(draft.saga, *arguments), None
+    except Exception as error:  # noqa: BLE001  # user code raises what it likes
+        return None, f"{hook.name} raised {error!r}"
+
+
+def describe(outcome: Message | None) -> str:
+    """Return what an outcome says of its reason, in words."""
+    if isinstance(outcome, Failed):
+        return f"{outcome.code}: {outcome.reason}"
+    reason = getattr(outcome, "reason", None)
+    if reason is not None:
+        return str(reason)
+    return outcome.message_type if outcome is not None else ""

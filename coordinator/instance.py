@@ -1,0 +1,127 @@
+"""One run of a saga, as data."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from events.envelope import Direction
+
+
+class Status(StrEnum):
+    """Where a saga instance stands."""
+
+    RUNNING = "running"
+    COMPENSATING = "compensating"
+    COMPLETED = "completed"
+    COMPENSATED = "compensated"
+    NEEDS_ATTENTION = "needs_attention"
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether the coordinator is going to do more without being asked."""
+        return self in (Status.RUNNING, Status.COMPENSATING)
+
+
+class StepStatus(StrEnum):
+    """Where a step stands. A step that was not begun has no state at all."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    DECLINED = "declined"
+    UNKNOWN = "unknown"  # given up on: it may or may not have happened, and counts as done when undoing
+    UNDOING = "undoing"
+    UNDONE = "undone"
+    UNDO_FAILED = "undo_failed"
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether a command is on its way and its answer is awaited."""
+        return self in (StepStatus.RUNNING, StepStatus.UNDOING)
+
+    @property
+    def to_undo(self) -> bool:
+        """Whether the step counts as done when undoing."""
+        return self in (StepStatus.SUCCEEDED, StepStatus.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """Where a step of an instance stands.
+
+    Attributes:
+        status: see `StepStatus`.
+        attempt: which attempt of the step this is, from 1.
+        undo_attempt: which attempt of its compensation; 0 before the first.
+        sends: how often the outstanding command was sent.
+        due_at: when its answer is given up on.
+        late: a success came after the step had been given up on.
+    """
+
+    status: StepStatus
+    attempt: int = 1
+    undo_attempt: int = 0
+    sends: int = 0
+    due_at: datetime | None = None
+    late: bool = False
+
+    def awaits(self, direction: Direction, attempt: int) -> bool:
+        """Say whether this is the answer that is outstanding."""
+        if direction is Direction.DO:
+            return self.status is StepStatus.RUNNING and attempt == self.attempt
+        return self.status is StepStatus.UNDOING and attempt == self.undo_attempt
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for the store."""
+        document: dict[str, Any] = {"status": self.status.value, "attempt": self.attempt}
+        if self.undo_attempt:
+            document["undo_attempt"] = self.undo_attempt
+        if self.sends:
+            document["sends"] = self.sends
+        if self.due_at:
+            document["due_at"] = self.due_at.isoformat()
+        if self.late:
+            document["late"] = True
+        return document
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "StepState":
+        """Read what `to_json` returned."""
+        due_at = document.get("due_at")
+        return cls(
+            StepStatus(document["status"]),
+            document["attempt"],
+            document.get("undo_attempt", 0),
+            document.get("sends", 0),
+            datetime.fromisoformat(due_at) if due_at else None,
+            document.get("late", False),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One run of a saga.
+
+    Attributes:
+        state: the saga's fields as plain JSON data.
+        steps: the steps that were begun, by name.
+        revision: counts the transitions, from 1; every write names the one it follows.
+        due_at: the earliest deadline of its steps.
+        reason: why it is undone or needs attention.
+        traceparent: the span that the whole saga belongs to.
+    """
+
+    id: UUID
+    saga: str
+    version: int
+    key: str
+    status: Status
+    state: dict[str, Any]
+    steps: dict[str, StepState] = field(default_factory=dict)
+    revision: int = 0
+    due_at: datetime | None = None
+    reason: str | None = None
+    traceparent: str | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None

@@ -1,0 +1,198 @@
+"""One running process: the bus, the database, and what an application runs on them."""
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from dishka import AsyncContainer, make_async_container
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from coordinator import schema
+from coordinator.app import App
+from coordinator.engine import Engine
+from coordinator.settings import Settings
+from coordinator.store import Store
+from events.bus import Bus
+from events.clock import Clock, SystemClock
+from events.database import open_database, transaction
+from events.embedded import EmbeddedBus
+from events.errors import ConfigurationError
+from events.ids import Ids, Random, TimeOrderedIds, system_random
+from events.outbox import Outbox
+from events.publisher import Publisher
+from events.rabbitmq import RabbitMQBus
+from events.relay import Relay
+from events.sqlite import FileLock
+from handlers.runner import HandlerRunner
+
+logger = logging.getLogger(__name__)
+
+
+class Node:
+    """Runs an application, or parts of it, while its `async with` block lasts.
+
+        async with Node(app, Settings()) as node:
+            await node.publisher.publish(OrderPlaced(...))
+
+    Args:
+        app: the application.
+        settings: where its servers are.
+        coordinator: run its sagas here.
+        handlers: run its handlers here; False for none, or the names of some.
+        clock, ids, random: ports, the system's own by default.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        *,
+        coordinator: bool = True,
+        handlers: bool | frozenset[str] = True,
+        clock: Clock | None = None,
+        ids: Ids | None = None,
+        random: Random | None = None,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._ids = ids or TimeOrderedIds()
+        self._random = random or system_random()
+        self._with_coordinator = coordinator and bool(app.sagas)
+        self._handlers = [h for h in app.handlers if handlers is True or (handlers and h.name in handlers)]
+        if handlers is not True and handlers and (strange := handlers - {h.name for h in app.handlers}):
+            raise ConfigurationError(f"{app.name} has no handler called {', '.join(sorted(strange))}")
+        self._stack = AsyncExitStack()
+        self.engine: AsyncEngine
+        self.bus: Bus
+        self.store: Store
+        self.publisher: Publisher
+        self.relay: Relay
+
+    async def __aenter__(self) -> Self:
+        """Open everything; returns when messages are being consumed."""
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop taking work, let handlers finish, hand back the rest, close."""
+        await self._stack.aclose()
+
+    async def _open(self) -> None:
+        self.engine = await self._open_database()
+        outbox = await self._open_bus()
+        self.store = Store(self.engine, self._clock)
+        self.publisher = Publisher(
+            self.bus, self._app.source, clock=self._clock, ids=self._ids, limits=self._settings.limits
+        )
+        engine = self._make_engine(outbox)
+        runners = self._make_runners(outbox)
+        queues = [runner.handler.queue for runner in runners] + (engine.queues if engine else [])
+        await self.bus.declare(queues)
+        for runner in runners:
+            await runner.start()
+        if runners:
+            self._stack.push_async_callback(_stop_together, runners, self._settings.grace)
+        if engine is not None:
+            await engine.start()
+            self._stack.push_async_callback(engine.stop)
+
+    async def _open_database(self) -> AsyncEngine:
+        url = self._settings.database_url.get_secret_value()
+        engine = open_database(url, pool_size=self._settings.pool_size)
+        self._stack.push_async_callback(engine.dispose)
+        path = make_url(url).database
+        if engine.dialect.name == "sqlite" and path and path != ":memory:":
+            lock = FileLock(path)
+            lock.acquire()
+            self._stack.callback(lock.release)
+        if self._settings.migrate:
+            await schema.upgrade(engine)
+        else:
+            await schema.check(engine)
+        for tables in self._app.tables:
+            async with transaction(engine) as connection:
+                await connection.run_sync(tables.create_all)
+        return engine
+
+    async def _open_bus(self) -> Outbox:
+        """Open the bus and return where transactions leave their messages: the bus itself if it is embedded."""
+        outbox: Outbox
+        if self._settings.embedded:
+            if self.engine.dialect.name != "sqlite":
+                raise ConfigurationError(
+                    "the embedded bus lives in an SQLite file; set COORDINATOR_BROKER_URL to use PostgreSQL"
+                )
+            self.bus = outbox = EmbeddedBus(self.engine, clock=self._clock, limits=self._settings.limits)
+        else:
+            self.bus = RabbitMQBus(
+                self._settings.broker_url.get_secret_value(),
+                namespace=self._settings.namespace,
+                clock=self._clock,
+                ids=self._ids,
+            )
+        await self.bus.open()
+        self._stack.push_async_callback(self.bus.close)
+        self.relay = Relay(
+            self.engine,
+            self.bus,
+            clock=self._clock,
+            ids=self._ids,
+            random=self._random,
+            limits=self._settings.limits,
+        )
+        await self.relay.start()
+        self._stack.push_async_callback(self.relay.stop)
+        return outbox if self._settings.embedded else self.relay
+
+    def _make_engine(self, outbox: Outbox) -> Engine | None:
+        if not self._with_coordinator:
+            return None
+        return Engine(
+            [saga.definition for saga in self._app.sagas],
+            source=f"{self._app.source}/coordinator",
+            engine=self.engine,
+            store=self.store,
+            bus=self.bus,
+            outbox=outbox,
+            clock=self._clock,
+            ids=self._ids,
+            limits=self._settings.limits,
+        )
+
+    def _make_runners(self, outbox: Outbox) -> list[HandlerRunner]:
+        if not self._handlers:
+            return []
+        container: AsyncContainer | None = None
+        if self._app.resources:
+            container = make_async_container(*self._app.resources)
+            self._stack.push_async_callback(container.close)
+        return [
+            HandlerRunner(
+                handler,
+                registry=self._app.registry,
+                source=f"{self._app.source}/{handler.name}",
+                engine=self.engine,
+                bus=self.bus,
+                outbox=outbox,
+                container=container,
+                clock=self._clock,
+                ids=self._ids,
+                random=self._random,
+                limits=self._settings.limits,
+            )
+            for handler in self._handlers
+        ]
+
+
+async def _stop_together(runners: list[HandlerRunner], grace: float) -> None:
+    await asyncio.gather(*(runner.stop(grace) for runner in runners))

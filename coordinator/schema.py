@@ -1,0 +1,60 @@
+"""The database schema: Alembic migrations, run by us under a lock."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from coordinator import tables as _coordinator_tables
+from events.database import transaction
+from events.errors import ConfigurationError
+from events.tables import metadata
+from handlers import tables as _handler_tables
+
+__all__ = ["check", "current", "head", "metadata", "upgrade"]
+
+_LOCK = 0x5A6AC00D  # any number that nobody else uses for pg_advisory_lock
+_parts = (_coordinator_tables, _handler_tables)  # importing them fills the metadata
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def head() -> str:
+    """Return the revision that this code needs."""
+    return ScriptDirectory.from_config(_config()).get_current_head() or ""
+
+
+async def current(engine: AsyncEngine) -> str | None:
+    """Return the revision of the database, None for an empty one."""
+    async with engine.connect() as connection:
+        return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+
+
+async def upgrade(engine: AsyncEngine) -> None:
+    """Bring the schema up to date in one transaction. Several processes may try at once; one does it."""
+    async with transaction(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        await connection.run_sync(lambda sync: command.upgrade(_config(sync), "head"))
+
+
+async def check(engine: AsyncEngine) -> None:
+    """Refuse a database whose schema is not the one that this code needs.
+
+    Raises:
+        ConfigurationError: it is not; the text says what to run.
+    """
+    found = await current(engine)
+    if found != head():
+        raise ConfigurationError(
+            f"the database schema is at {found or 'nothing'}, this version needs {head()}; run `coordinator db upgrade`"
+        )

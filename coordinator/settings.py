@@ -1,0 +1,76 @@
+"""Settings from the environment: `COORDINATOR_BROKER_URL` and so on. Validated at start; secrets never printed."""
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from events.codec import Limits
+from events.errors import ConfigurationError
+
+EMBEDDED = "embedded:"
+
+
+class Settings(BaseSettings):
+    """Where the coordinator finds its servers, and its limits."""
+
+    model_config = SettingsConfigDict(env_prefix="COORDINATOR_", extra="ignore", frozen=True)
+
+    broker_url: SecretStr = Field(
+        default=SecretStr(EMBEDDED), description="`amqp://user:password@host/vhost`, or `embedded:` for no broker"
+    )
+    database_url: SecretStr = Field(
+        default=SecretStr("sqlite:///coordinator.db"),
+        description="`postgresql://user:password@host/name` or `sqlite:///file`",
+    )
+    namespace: str = Field(
+        default="saga",
+        pattern=r"^[a-z][a-z0-9_-]{0,39}$",
+        description="prefix of all exchanges and queues; one for each deployment on a broker",
+    )
+    migrate: bool = Field(default=True, description="bring the database schema up to date at start")
+    max_body: int = Field(default=256 * 1024, ge=1024, description="largest message in bytes")
+    max_headers: int = Field(default=16 * 1024, ge=256, description="largest AMQP headers in bytes")
+    grace: float = Field(default=20.0, ge=0, description="seconds that running handlers get to end at shutdown")
+    pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
+    log_level: str = Field(default="INFO", pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", description="what is logged")
+    log_format: str = Field(default="text", pattern=r"^(text|json)$", description="`json` for one object a line")
+
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value().startswith((EMBEDDED, "amqp://", "amqps://")):
+            return value
+        raise ValueError("write amqp://..., amqps://... or embedded:")
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: SecretStr) -> SecretStr:
+        scheme = value.get_secret_value().partition(":")[0].partition("+")[0]
+        if scheme in ("postgresql", "sqlite"):
+            return value
+        raise ValueError("write postgresql://... or sqlite:///file")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether messages stay in the SQLite file."""
+        return self.broker_url.get_secret_value().startswith(EMBEDDED)
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that are checked before anything is parsed."""
+        return Limits(self.max_body, self.max_headers)
+
+
+def load_settings() -> Settings:
+    """Return the settings of the environment.
+
+    Raises:
+        ConfigurationError: one of them is wrong; the text names the variable, never its value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"COORDINATOR_{str(each['loc'][0]).upper()}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors(include_url=False, include_input=False)
+        )
+        raise ConfigurationError(wrong) from None

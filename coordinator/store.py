@@ -1,0 +1,231 @@
+"""Where instances and their history are kept: the same statements on PostgreSQL and SQLite, a batch at a time."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, Select, func, select, text, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from coordinator.decide import HistoryEntry
+from coordinator.instance import Instance, Status, StepState
+from coordinator.tables import saga_history, saga_instance
+from events.clock import Clock
+from events.database import Bulk, Lookup, reader
+from events.errors import CoordinatorError
+from events.storeclock import StoreClock
+
+_COLUMNS = (
+    "id",
+    "saga",
+    "version",
+    "key",
+    "status",
+    "state",
+    "steps",
+    "revision",
+    "due_at",
+    "reason",
+    "traceparent",
+    "created_at",
+    "updated_at",
+)
+_insert = Bulk(saga_instance, *_COLUMNS)
+_update = Bulk(saga_instance, "id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at")
+_load = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
+_record = Bulk(
+    saga_history,
+    "saga_id",
+    "revision",
+    "kind",
+    "at",
+    "status",
+    "step",
+    "direction",
+    "attempt",
+    "result",
+    "message_id",
+    "reason",
+    "change",
+    "sent",
+)
+
+HistoryRow = tuple[UUID, int, HistoryEntry]
+
+
+class StaleRevisionError(CoordinatorError):
+    """Somebody else has changed the saga meanwhile; load it again and decide again."""
+
+    code = "stale_revision"
+
+
+class Store:
+    """The saga instances of one database."""
+
+    def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+        self._reader = reader(engine)
+        self.clock = StoreClock(engine, clock)
+
+    # Within a transaction
+
+    async def load(self, connection: AsyncConnection, ids: Sequence[UUID]) -> dict[UUID, Instance]:
+        """Return the instances of `ids`, locked until the end of the transaction, in one order for everybody."""
+        return {row[0]: _instance(row) for row in await _load.find(connection, ids)}
+
+    async def insert_new(self, connection: AsyncConnection, instances: Sequence[Instance]) -> set[UUID]:
+        """Insert instances whose business key is new; return the ids of those.
+
+        Who loses the race for a key waits here for the winner's commit; its instance is then missing in the
+        answer, and its start was a duplicate.
+        """
+        if not instances:
+            return set()
+        ordered = sorted(instances, key=lambda instance: (instance.saga, instance.key))
+        return set(await _insert.insert_new(connection, [_row(each) for each in ordered], key=("saga", "key")))
+
+    async def update(
+        self, connection: AsyncConnection, instances: Sequence[Instance], loaded: Mapping[UUID, Instance]
+    ) -> None:
+        """Write instances over those that were `loaded` in this transaction.
+
+        Raises:
+            StaleRevisionError: one of them has moved on; nothing may be committed.
+        """
+        rows = [
+            (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at) for i in instances
+        ]
+        if not rows:
+            return
+        expected = ("revision", [loaded[instance.id].revision for instance in instances])
+        if await _update.update(connection, rows, key="id", expected=expected) != len(rows):
+            raise StaleRevisionError
+
+    async def record(self, connection: AsyncConnection, rows: Sequence[HistoryRow]) -> None:
+        """Append history rows: saga id, revision, entry."""
+        await _record.insert(
+            connection,
+            [
+                (
+                    saga_id,
+                    revision,
+                    e.kind,
+                    e.at,
+                    e.status.value,
+                    e.step,
+                    e.direction and e.direction.value,
+                    e.attempt,
+                    e.result and e.result.value,
+                    e.message_id,
+                    e.reason,
+                    e.change,
+                    list(e.sent),
+                )
+                for saga_id, revision, e in rows
+            ],
+        )
+
+    async def claim_due(
+        self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int
+    ) -> dict[UUID, Instance]:
+        """Return instances whose deadline has passed on the database's clock, locked; others skip them.
+
+        `known` are the names and versions of the sagas that the caller has the code of.
+        """
+        query = (
+            select(*(saga_instance.c[name] for name in _COLUMNS))
+            .where(saga_instance.c.due_at <= self.clock.now())
+            .where(tuple_(saga_instance.c.saga, saga_instance.c.version).in_(list(known)))
+            .order_by(saga_instance.c.due_at)
+            .limit(most)
+            .with_for_update(skip_locked=True)
+        )
+        return {row.id: _instance(row) for row in await connection.execute(query)}
+
+    # Reading
+
+    async def find(self, reference: str) -> list[Instance]:
+        """Return the instances with this id or this business key."""
+        try:
+            where = saga_instance.c.id == UUID(reference)
+        except ValueError:
+            where = saga_instance.c.key == reference
+        else:
+            where = where | (saga_instance.c.key == reference)
+        return [_instance(row) for row in await self._read(_select().where(where))]
+
+    async def list(
+        self, *, saga: str | None = None, status: Status | None = None, limit: int = 50
+    ) -> Sequence[Instance]:
+        """Return the newest instances, those of a saga or with a status only if one is given."""
+        query = _select().order_by(saga_instance.c.id.desc()).limit(limit)
+        if saga is not None:
+            query = query.where(saga_instance.c.saga == saga)
+        if status is not None:
+            query = query.where(saga_instance.c.status == status.value)
+        return [_instance(row) for row in await self._read(query)]
+
+    async def history(self, saga_id: UUID) -> Sequence[Row[Any]]:
+        """Return the transitions of an instance, oldest first."""
+        query = select(saga_history).where(saga_history.c.saga_id == saga_id).order_by(saga_history.c.revision)
+        return await self._read(query)
+
+    async def count_by_status(self) -> dict[tuple[str, Status], int]:
+        """Return how many instances there are of each saga in each status."""
+        columns = (saga_instance.c.saga, saga_instance.c.status)
+        rows = await self._read(select(*columns, func.count()).group_by(*columns))
+        return {(saga, Status(status)): number for saga, status, number in rows}
+
+    async def count_in_flight(self) -> int:
+        """Return how many instances are running or compensating; cheap whatever the number of finished ones."""
+        query = select(func.count()).where(text("status IN ('running', 'compensating')")).select_from(saga_instance)
+        return int((await self._read(query))[0][0])
+
+    async def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        async with self._reader.connect() as connection:
+            return (await connection.execute(query)).all()
+
+
+def _select() -> Select[Any]:
+    return select(*(saga_instance.c[name] for name in _COLUMNS))
+
+
+def _steps(instance: Instance) -> dict[str, Any]:
+    return {name: at.to_json() for name, at in instance.steps.items()}
+
+
+def _row(i: Instance) -> tuple[Any, ...]:
+    return (
+        i.id,
+        i.saga,
+        i.version,
+        i.key,
+        i.status.value,
+        i.state,
+        _steps(i),
+        i.revision,
+        i.due_at,
+        i.reason,
+        i.traceparent,
+        i.created_at,
+        i.updated_at,
+    )
+
+
+def _instance(row: Any) -> Instance:
+    (identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, created, updated) = row
+    return Instance(
+        id=identity,
+        saga=saga,
+        version=version,
+        key=key,
+        status=Status(status),
+        state=state,
+        steps={name: StepState.from_json(at) for name, at in steps.items()},
+        revision=revision,
+        due_at=due_at,
+        reason=reason,
+        traceparent=traceparent,
+        created_at=created,
+        updated_at=updated,
+    )

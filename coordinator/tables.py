@@ -1,0 +1,49 @@
+"""The tables of the coordinator: one row an instance, one row a transition."""
+
+from sqlalchemy import Column, ForeignKey, Index, Integer, Table, Text, Uuid, text
+
+from events.tables import Json, Timestamp, metadata
+
+_in_flight = text("status IN ('running', 'compensating')")
+_has_deadline = text("due_at IS NOT NULL")
+
+saga_instance = Table(
+    "saga_instance",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("saga", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("state", Json, nullable=False),
+    Column("steps", Json, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("due_at", Timestamp),
+    Column("reason", Text),
+    Column("traceparent", Text),
+    Column("created_at", Timestamp, nullable=False),
+    Column("updated_at", Timestamp, nullable=False),
+    Index("uq_saga_instance_saga_key", "saga", "key", unique=True),
+    Index("ix_saga_instance_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
+    Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),
+    postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02"},
+)
+
+# Append only: nothing here is ever changed.
+saga_history = Table(
+    "saga_history",
+    metadata,
+    Column("saga_id", Uuid, ForeignKey("saga_instance.id"), primary_key=True),
+    Column("revision", Integer, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("step", Text),
+    Column("direction", Text),
+    Column("attempt", Integer),
+    Column("result", Text),
+    Column("message_id", Text),
+    Column("reason", Text),
+    Column("change", Json, nullable=False),
+    Column("sent", Json, nullable=False),
+)

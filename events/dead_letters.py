@@ -1,0 +1,78 @@
+"""Messages that were given up on, kept whole with the reason."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from events.database import Bulk
+from events.ids import Ids
+from events.intake import Item
+from events.codec import Readable
+from events.tables import dead_letter
+
+_MAX_DETAIL = 8000
+_insert = Bulk(
+    dead_letter,
+    "id",
+    "consumer",
+    "reason",
+    "detail",
+    "body",
+    "content_type",
+    "headers",
+    "message_id",
+    "message_type",
+    "saga_id",
+    "traceparent",
+    "attempts",
+    "dead_at",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message, who gave it up, and why: `reason` is a code of `events.errors`, `detail` is for people."""
+
+    item: Item
+    consumer: str
+    reason: str
+    detail: str
+    attempts: int = 1
+
+
+async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, ids: Ids, now: datetime) -> None:
+    """Store `letters` in the open transaction; the bytes stay as they came."""
+    rows = []
+    for letter in letters:
+        part, delivery = letter.item.part, letter.item.delivery
+        envelope = part.envelope if isinstance(part, Readable) else None
+        rows.append(
+            (
+                ids.new(),
+                letter.consumer,
+                letter.reason,
+                letter.detail.replace("\0", "\\0")[:_MAX_DETAIL],
+                part.raw,
+                delivery.content_type,
+                {name: _plain(value) for name, value in delivery.headers.items()},
+                envelope and envelope.id,
+                envelope and envelope.type,
+                envelope.saga.saga_id if envelope and envelope.saga else None,
+                envelope and envelope.traceparent,
+                letter.attempts,
+                now,
+            )
+        )
+    await _insert.insert(connection, rows)
+
+
+def _plain(value: Any) -> Any:
+    """Return an AMQP header value as something that JSON and PostgreSQL can hold."""
+    if isinstance(value, bool | int | None):
+        return value
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace").replace("\0", "\\0")
+    return str(value).encode(errors="backslashreplace").decode().replace("\0", "\\0")

@@ -1,0 +1,110 @@
+"""The envelope: a message with everything that travels beside its data, as CloudEvents 1.0 names it."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from pydantic_core import to_json
+
+from events.derive import identify
+from events.message import Message
+
+SCHEMA_PREFIX = "urn:schema:"
+
+
+class Direction(StrEnum):
+    """Which way a step is taken."""
+
+    DO = "do"
+    UNDO = "undo"
+
+
+class Result(StrEnum):
+    """How a command ended."""
+
+    SUCCEEDED = "succeeded"
+    DECLINED = "declined"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, frozen=True)
+class SagaLink:
+    """Ties a command or reply to the saga instance, step, direction and attempt it belongs to."""
+
+    saga_id: UUID
+    step: str
+    direction: Direction
+    attempt: int
+    result: Result | None = None
+
+
+@dataclass(slots=True)
+class Envelope:
+    """One CloudEvent. `data` is the JSON text of the message's data, not yet validated."""
+
+    id: str
+    source: str
+    type: str
+    version: int
+    data: bytes
+    time: datetime | None = None
+    subject: str | None = None
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    saga: SagaLink | None = None
+    reply_to: str | None = None
+
+    @property
+    def key(self) -> UUID:
+        """What duplicates of this message have in common."""
+        return identify(self.source, self.id)
+
+    def encode(self) -> bytes:
+        """Return the CloudEvents JSON form of this envelope: one element of a batch."""
+        attributes: dict[str, Any] = {
+            "specversion": "1.0",
+            "id": self.id,
+            "source": self.source,
+            "type": self.type,
+            "dataschema": f"{SCHEMA_PREFIX}{self.type}:{self.version}",
+            "datacontenttype": "application/json",
+        }
+        if self.time is not None:
+            attributes["time"] = self.time
+        if self.subject is not None:
+            attributes["subject"] = self.subject
+        if self.correlation_id is not None:
+            attributes["correlationid"] = self.correlation_id
+        if self.causation_id is not None:
+            attributes["causationid"] = self.causation_id
+        if self.traceparent is not None:
+            attributes["traceparent"] = self.traceparent
+        if self.tracestate:
+            attributes["tracestate"] = self.tracestate
+        if self.reply_to is not None:
+            attributes["replyto"] = self.reply_to
+        if (saga := self.saga) is not None:
+            attributes["sagaid"] = saga.saga_id
+            attributes["sagastep"] = saga.step
+            attributes["sagadirection"] = saga.direction
+            attributes["sagaattempt"] = saga.attempt
+            if saga.result is not None:
+                attributes["sagaresult"] = saga.result
+        return b'%b,"data":%b}' % (to_json(attributes)[:-1], self.data)
+
+
+def wrap(message: Message, *, id: str, source: str, time: datetime, **rest: Any) -> Envelope:
+    """Return `message` in an envelope; `rest` are further fields of `Envelope`."""
+    return Envelope(
+        id=id,
+        source=source,
+        type=message.message_type,
+        version=message.message_version,
+        data=message.to_data(),
+        time=time,
+        **rest,
+    )

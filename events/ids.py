@@ -1,0 +1,41 @@
+"""The only place that draws random ids. Everything else is handed an `Ids`."""
+
+import os
+import random
+import time
+from typing import Protocol
+from uuid import UUID
+
+_VERSION_7 = 0x7 << 76
+_VARIANT = 0x2 << 62
+_RANDOM_BITS = (1 << 76) - 1
+_RAND_A = 0xFFF << 64
+_RAND_B = (1 << 62) - 1
+
+
+class Ids(Protocol):
+    """Fresh ids as a port."""
+
+    def new(self) -> UUID:
+        """Return an id that was never used before."""
+
+
+class TimeOrderedIds:
+    """UUID version 7 (RFC 9562, section 5.7): milliseconds first, so that indexes grow at one end."""
+
+    def new(self) -> UUID:
+        milliseconds = time.time_ns() // 1_000_000
+        noise = int.from_bytes(os.urandom(10)) & _RANDOM_BITS
+        return UUID(int=milliseconds << 80 | _VERSION_7 | (noise & _RAND_A) | _VARIANT | (noise & _RAND_B))
+
+
+class Random(Protocol):
+    """Randomness as a port; used for jitter only."""
+
+    def uniform(self, low: float, high: float) -> float:
+        """Return a number between `low` and `high`."""
+
+
+def system_random() -> Random:
+    """Return the process's own source of randomness."""
+    return random.SystemRandom()

@@ -1,0 +1,389 @@
+"""The bus on RabbitMQ: quorum queues, confirmed publishes, two connections that come back by themselves.
+
+aio-pika restores connections, channels and consumers. What it leaves to us is done here: nothing of the library may
+escape to a caller (a lost connection ends in `CancelledError`s), a publish has one outcome, and consumers that were
+not restored are found by a watchdog.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from aio_pika import DeliveryMode, Message, RobustConnection
+from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustChannel
+from aio_pika.exceptions import (
+    AuthenticationError,
+    ConnectionClosed,
+    DeliveryError,
+    InvalidFrameError,
+    ProbableAuthenticationError,
+)
+from aio_pika.exceptions import PublishError as ReturnedError
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
+from yarl import URL
+
+from events import tracing
+from events.bus import Consumer, Deliver, Exchange, Outgoing, Queue
+from events.clock import Clock
+from events.codec import BATCH_TYPE
+from events.errors import BusClosedError, ConfigurationError, CoordinatorError, PublishError, UnroutableError
+from events.ids import Ids
+from events.rabbitmq_consumer import RabbitMQConsumer
+from events.rabbitmq_topology import DEAD_LETTERS, Topology, close_quietly, library_errors
+from events.rabbitmq_wire import tolerate_undecodable_properties
+from events.service import Supervisor, is_cancelled
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_Restart = Callable[[], Awaitable[None]]
+_HEARTBEAT = "10"
+_PORTS = {"amqp": 5672, "amqps": 5671}
+
+
+@dataclass(frozen=True, slots=True)
+class RabbitMQOptions:
+    """How the bus talks to RabbitMQ.
+
+    Attributes:
+        client_name: what the connections are called in RabbitMQ's management pages.
+        connect_timeout: seconds for the first connection; later ones are tried for ever.
+        publish_timeout: seconds that a publish waits for its confirm. Keep it below the lease of the relay.
+        in_flight: publishes of one call that wait for their confirms at a time.
+        delivery_limit: how often a message may come back before RabbitMQ moves it to the dead letters.
+        watch_every: seconds between looks for consumers that were not restored.
+    """
+
+    client_name: str = "saga-coordinator"
+    connect_timeout: float = 10.0
+    publish_timeout: float = 10.0
+    in_flight: int = 64
+    delivery_limit: int = 20
+    watch_every: float = 5.0
+
+
+class RabbitMQBus:
+    """A bus on RabbitMQ 3.10 or later.
+
+    Args:
+        url: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS.
+        namespace: the first part of the names of all exchanges and queues; one per deployment.
+        clock: paces the watchdog.
+        ids: names each publish attempt.
+        options: timeouts and limits.
+
+    Raises:
+        ConfigurationError: the URL cannot be read.
+    """
+
+    def __init__(
+        self, url: str, *, namespace: str = "saga", clock: Clock, ids: Ids, options: RabbitMQOptions | None = None
+    ) -> None:
+        self._url = _parse(url)
+        self._clock = clock
+        self._ids = ids
+        self._options = options or RabbitMQOptions()
+        self._topology = Topology(
+            namespace, delivery_limit=self._options.delivery_limit, timeout=self._options.connect_timeout
+        )
+        self._supervisor = Supervisor(clock)
+        self._publishing: RobustConnection | None = None
+        self._consuming: RobustConnection | None = None
+        self._declarer: AbstractRobustChannel | None = None
+        self._publisher: AbstractChannel | None = None
+        self._exchanges: dict[Exchange, AbstractExchange] = {}
+        self._queues: dict[str, Queue] = {}
+        self._consumers: list[RabbitMQConsumer] = []
+        self._stalled = False
+
+    # Bus
+
+    async def open(self) -> None:
+        """Connect; fails at once where there is no broker, so that a wrong URL is seen.
+
+        Raises:
+            BusClosedError: there is no broker, or it does not answer within `connect_timeout`.
+            ConfigurationError: the broker refuses the user, or has an exchange or queue of ours in another shape.
+        """
+        if self._publishing is not None:
+            return
+        tolerate_undecodable_properties()
+        try:
+            async with asyncio.timeout(self._options.connect_timeout):
+                self._publishing = await self._connect("publish")
+                self._consuming = await self._connect("consume")
+                self._queues[DEAD_LETTERS] = Queue(DEAD_LETTERS, ())
+                with library_errors("declare the exchanges"):
+                    await self._open_publisher()
+                    await self._open_declarer()
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, TimeoutError):
+                raise BusClosedError(
+                    f"RabbitMQ at {self._place} did not answer within {self._options.connect_timeout:g} s"
+                ) from error
+            raise
+        self._supervisor.start("rabbitmq.watch", self._watch)
+
+    async def close(self) -> None:
+        """See `Bus.close`."""
+        await self._supervisor.stop()
+        consumers, self._consumers = self._consumers, []
+        publishing, self._publishing = self._publishing, None
+        consuming, self._consuming = self._consuming, None
+        self._declarer = None
+        self._publisher = None
+        self._exchanges = {}
+        self._queues = {}
+        # A channel closes in order behind the acknowledgements sent before; a connection would overtake them.
+        for consumer in consumers:
+            await consumer.close()
+        for connection in (publishing, consuming):
+            if connection is not None:
+                await close_quietly(connection.close(), within=self._options.connect_timeout)
+
+    async def declare(self, queues: Sequence[Queue]) -> None:
+        """See `Bus.declare`."""
+        for queue in queues:
+            with library_errors(f"declare queue {queue.name}"):
+                async with asyncio.timeout(self._options.connect_timeout):
+                    try:
+                        await self._topology.declare_queue(_opened(self._declarer), queue)
+                    except ConfigurationError:
+                        await self._open_declarer()  # the refusal has cost the channel
+                        raise
+            known = self._queues.get(queue.name)
+            bindings = dict.fromkeys((*known.bindings, *queue.bindings) if known else queue.bindings)
+            self._queues[queue.name] = Queue(queue.name, tuple(bindings))
+
+    async def publish(self, messages: Sequence[Outgoing]) -> Sequence[PublishError | None]:
+        """See `Bus.publish`. Without a connection all fail at once; whoever keeps the messages tries again."""
+        _opened(self._publishing)
+        results: list[PublishError | None] = [None] * len(messages)
+        traced = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        waiting = iter(range(len(messages)))
+        if self._stalled:
+            # The last publish was not answered. One more is enough to find out whether the broker is back; the
+            # others would only pile up in front of it, to arrive twice.
+            for index in islice(waiting, 1):
+                results[index] = await self._publish(messages[index], traced=traced)
+
+        async def publish_waiting() -> None:
+            for index in waiting:
+                results[index] = _no_answer() if self._stalled else await self._publish(messages[index], traced=traced)
+
+        workers = min(len(messages), self._options.in_flight)
+        if workers == 1:
+            await publish_waiting()
+        elif workers:
+            await asyncio.gather(*(publish_waiting() for _ in range(workers)))
+        return results
+
+    async def consume(self, queue: str, deliver: Deliver, *, prefetch: int) -> Consumer:
+        """See `Bus.consume`. After `delivery_limit` failures of `deliver` a message goes to the dead letters."""
+        _opened(self._consuming)
+        if (declared := self._queues.get(queue)) is None:
+            raise ConfigurationError(f"queue {queue!r} is not declared; call declare() first")
+        consumer = RabbitMQConsumer(
+            declared,
+            deliver,
+            prefetch=prefetch,
+            topology=self._topology,
+            open_channel=self._open_channel,
+            forget=self._forget,
+            timeout=self._options.publish_timeout,
+        )
+        try:
+            with library_errors(f"consume {queue}"):
+                async with asyncio.timeout(self._options.connect_timeout):
+                    await consumer.start()
+        except BaseException:
+            await consumer.close()
+            raise
+        self._consumers.append(consumer)
+        return consumer
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether messages can be published and consumed at the moment."""
+        connected = _is_up(self._publishing) and _is_up(self._consuming)
+        return connected and not _is_closed(self._publisher) and not self._stalled
+
+    # Connecting
+
+    @property
+    def _place(self) -> str:
+        return f"{self._url.host}:{self._url.port}"
+
+    async def _connect(self, purpose: str) -> RobustConnection:
+        name = f"{self._options.client_name} {purpose}"
+        url = self._url.with_query({"heartbeat": _HEARTBEAT, **self._url.query, "name": name})
+        connection = RobustConnection(url, reconnect_interval=1)
+        try:
+            await connection.connect(timeout=self._options.connect_timeout)
+        except BaseException as error:
+            await close_quietly(connection.close(), within=1)
+            match error:
+                case AuthenticationError() | ProbableAuthenticationError():
+                    raise ConfigurationError(
+                        f"RabbitMQ at {self._place} refuses the user or the password of the broker URL"
+                    ) from error
+                case ConnectionClosed() | InvalidFrameError():
+                    vhost = self._url.path.removeprefix("/") or "/"
+                    raise ConfigurationError(
+                        f"RabbitMQ at {self._place} does not open vhost {vhost} for the user of the broker URL"
+                    ) from error
+                case OSError() if not isinstance(error, TimeoutError):
+                    raise BusClosedError(
+                        f"RabbitMQ at {self._place} cannot be reached ({error}); start it or correct the broker URL"
+                    ) from error
+            raise
+        return connection
+
+    async def _open_publisher(self) -> None:
+        connection = _opened(self._publishing)
+        if self._publisher is not None:
+            await close_quietly(self._publisher.close(), within=self._options.connect_timeout)
+        self._publisher = channel = connection.channel(publisher_confirms=True, on_return_raises=True)
+        await channel.initialize(timeout=self._options.connect_timeout)
+        self._exchanges = await self._topology.declare_exchanges(channel)
+
+    async def _open_declarer(self) -> None:
+        """Open a channel that declares everything, now and whenever it is restored."""
+        if self._declarer is not None:
+            await close_quietly(self._declarer.close(), within=self._options.connect_timeout)
+        self._declarer = channel = await self._open_channel()
+        # The exchanges here as well: queues are bound on this connection, which may be back before the other.
+        await self._topology.declare_exchanges(channel)
+        for queue in self._queues.values():
+            await self._topology.declare_queue(channel, queue)
+
+    async def _open_channel(self) -> AbstractRobustChannel:
+        """Open a channel on the consuming connection."""
+        channel: AbstractRobustChannel = _opened(self._consuming).channel(publisher_confirms=False)
+        await channel.initialize(timeout=self._options.connect_timeout)
+        return channel
+
+    def _forget(self, consumer: RabbitMQConsumer) -> None:
+        with contextlib.suppress(ValueError):
+            self._consumers.remove(consumer)
+
+    # Publishing
+
+    async def _publish(self, message: Outgoing, *, traced: bool) -> PublishError | None:
+        """Publish one message; nothing but our own cancellation is raised."""
+        try:
+            if not traced:
+                await self._send(message)
+            elif message.links:
+                with tracing.span("publish bundle", parent=tracing.ROOT, kind=SpanKind.PRODUCER, links=message.links):
+                    await self._send(message)
+            else:
+                with tracing.in_context(tracing.context_of(message.traceparent, message.tracestate)):
+                    await self._send(message)
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            return PublishError("the connection to RabbitMQ was lost before the message was confirmed")
+        except ReturnedError:
+            self._stalled = False
+            return UnroutableError(
+                f"no queue takes {message.address.exchange.value} {message.address.key};"
+                " start the service whose handler receives it"
+            )
+        except DeliveryError:
+            self._stalled = False
+            return PublishError("RabbitMQ did not take the message: a queue is full or not available")
+        except TimeoutError:
+            self._stalled = True
+            return _no_answer()
+        except Exception as error:  # noqa: BLE001  # one message must not spoil the others of its call
+            return PublishError(f"the message was not confirmed: {type(error).__name__}: {error}")
+        self._stalled = False
+        return None
+
+    async def _send(self, message: Outgoing) -> None:
+        exchange = self._exchanges.get(message.address.exchange)
+        # Without this look aio-pika would wait for the connection, outside of the timeout.
+        if exchange is None or not _is_up(self._publishing):
+            raise ConnectionError("there is no connection to RabbitMQ")
+        await exchange.publish(
+            Message(
+                message.body,
+                content_type=BATCH_TYPE,
+                delivery_mode=DeliveryMode.PERSISTENT,
+                # aiormq tells returned messages apart by this id: each attempt has its own
+                message_id=self._ids.new().hex,
+            ),
+            message.address.key,
+            mandatory=message.address.exchange.mandatory,
+            timeout=self._options.publish_timeout,
+        )
+
+    # Watching
+
+    async def _watch(self) -> None:
+        """Start again what is broken at two looks in a row: aio-pika has had its time then."""
+        suspects: dict[_Restart, str] = {}
+        while True:
+            await self._clock.sleep(self._options.watch_every)
+            broken = await self._broken() if _is_up(self._publishing) and _is_up(self._consuming) else {}
+            for restart, name in broken.items():
+                if restart in suspects:
+                    await self._restart(restart, name)
+            suspects = broken
+
+    async def _broken(self) -> dict[_Restart, str]:
+        broken: dict[_Restart, str] = {}
+        if _is_closed(self._publisher):
+            broken[self._open_publisher] = "the publisher"
+        if _is_closed(self._declarer):
+            broken[self._open_declarer] = "the declarer of queues"
+        for consumer in tuple(self._consumers):
+            if await consumer.is_deaf():
+                broken[consumer.start] = f"the consumer of {consumer.queue.name}"
+        return broken
+
+    async def _restart(self, restart: _Restart, name: str) -> None:
+        _log.warning("%s lost its channel and is started again", name, extra={"action": "bus.restarted", "part": name})
+        try:
+            with library_errors(f"start {name} again"):
+                async with asyncio.timeout(self._options.connect_timeout):
+                    await restart()
+        except CoordinatorError as error:
+            _log.error("%s", error, extra={"action": "bus.restart_failed", "part": name})
+
+
+def _parse(text: str) -> URL:
+    try:
+        url = URL(text)
+        readable = url.scheme in _PORTS and bool(url.host)
+        port = url.explicit_port
+    except ValueError:
+        readable, port, url = False, None, URL()
+    if not readable:
+        # Without the cause: the text of a parse error can hold the password.
+        raise ConfigurationError("the broker URL cannot be read; write amqp://user:password@host:5672/vhost")
+    return url if port else url.with_port(_PORTS[url.scheme])
+
+
+def _opened(part: _T | None) -> _T:
+    if part is None:
+        raise BusClosedError
+    return part
+
+
+def _is_up(connection: RobustConnection | None) -> bool:
+    return connection is not None and not connection.is_closed and connection.connected.is_set()
+
+
+def _is_closed(channel: AbstractChannel | None) -> bool:
+    return channel is None or channel.is_closed
+
+
+def _no_answer() -> PublishError:
+    return PublishError("RabbitMQ did not confirm the message in time")

@@ -1,0 +1,342 @@
+"""Publishes the outbox: straight from memory after a commit, and from the table whatever was left behind.
+
+A row is deleted only after the broker has confirmed it. A row that was written by a running process is leased
+to that process (`due_at` lies ahead), so sweepers leave it alone unless that process dies.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import TextualSelect, bindparam, event, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from sqlalchemy.orm import Session
+
+from events.bus import Address, Bus, Delivery, Exchange, Outgoing
+from events.clock import Clock
+from events.codec import Limits, bundle_body
+from events.database import Bulk, delete_by_id, is_transient, transaction
+from events.errors import PublishError
+from events.failpoints import failpoint
+from events.ids import Ids, Random
+from events.outbox import ADDED, AfterCommit, Outbound
+from events.service import Supervisor
+from events.storeclock import StoreClock
+from events.tables import Timestamp, outbox
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("id", "exchange", "routing_key", "bundle", "body", "traceparent", "tracestate", "attempts", "due_at")
+_insert = Bulk(outbox, *_COLUMNS)
+_CLAIM = """
+    UPDATE outbox SET due_at = :until
+    WHERE id IN (SELECT id FROM outbox WHERE due_at <= :now ORDER BY id LIMIT :most {lock})
+    RETURNING id, exchange, routing_key, bundle, body, traceparent, tracestate, attempts
+"""
+
+
+def _claim_statement(lock: str) -> TextualSelect:
+    """One process at a time gets a row: the lock on PostgreSQL, the only connection on SQLite."""
+    return (
+        text(_CLAIM.format(lock=lock))
+        .bindparams(bindparam("until", type_=Timestamp), bindparam("now", type_=Timestamp))
+        .columns(*(outbox.c[name] for name in _COLUMNS if name != "due_at"))
+    )
+
+
+_CLAIM_POSTGRES = _claim_statement("FOR UPDATE SKIP LOCKED")
+_CLAIM_SQLITE = _claim_statement("")
+_postpone = Bulk(outbox, "id", "attempts", "due_at", "error")
+
+
+@dataclass(slots=True)
+class Entry:
+    """A row of the outbox."""
+
+    id: UUID
+    address: Address
+    bundle: int
+    body: bytes
+    traceparent: str | None
+    tracestate: str | None
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class Bundle:
+    """Entries for one address that travel as one message."""
+
+    entries: list[Entry]
+    size: int = 2
+
+    def outgoing(self) -> Outgoing:
+        first = self.entries[0]
+        traces = {entry.traceparent[:35] for entry in self.entries if entry.traceparent}
+        links = tuple(entry.traceparent for entry in self.entries if entry.traceparent) if len(traces) > 1 else ()
+        return Outgoing(
+            first.address,
+            bundle_body([entry.body for entry in self.entries]),
+            traceparent=first.traceparent,
+            tracestate=first.tracestate,
+            links=links,
+        )
+
+
+def bundled(entries: Iterable[Entry], limits: Limits, *, share: int) -> list[Bundle]:
+    """Put entries for the same address together, in order.
+
+    A bundle holds no more than its entries allow, no more bytes than `limits.body`, and no more than a
+    `share` of the entries for its address, so that several consumers get something to do.
+    """
+    by_address: dict[Address, list[Entry]] = {}
+    for entry in entries:
+        by_address.setdefault(entry.address, []).append(entry)
+    bundles: list[Bundle] = []
+    for same in by_address.values():
+        fair = max(1, -(-len(same) // share))
+        bundle: Bundle | None = None
+        for entry in same:
+            size = len(entry.body) + 1
+            if (
+                bundle is None
+                or len(bundle.entries) >= min(entry.bundle, bundle.entries[0].bundle, fair)
+                or bundle.size + size > limits.body
+            ):
+                bundle = Bundle([])
+                bundles.append(bundle)
+            bundle.entries.append(entry)
+            bundle.size += size
+    return bundles
+
+
+@dataclass(frozen=True, slots=True)
+class RelayOptions:
+    """How the relay works.
+
+    Attributes:
+        lease: seconds for which a row belongs to the process that wrote or took it.
+        sweep_every: seconds between looks for rows left behind.
+        sweep_limit: rows taken at a time.
+        backoff_first: seconds before the second try of a row; doubles up to `backoff_most`, with jitter.
+        share: a bundle takes at most one part in `share` of what waits for its address.
+    """
+
+    lease: float = 15.0
+    sweep_every: float = 1.0
+    sweep_limit: int = 500
+    backoff_first: float = 0.5
+    backoff_most: float = 30.0
+    share: int = 2
+
+
+class Relay:
+    """Moves the outbox of one database to the bus. Also the `Outbox` that the engine and handlers write to."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        bus: Bus,
+        *,
+        clock: Clock,
+        ids: Ids,
+        random: Random,
+        limits: Limits,
+        options: RelayOptions | None = None,
+    ) -> None:
+        self._engine = engine
+        self._bus = bus
+        self._clock = clock
+        self._ids = ids
+        self._random = random
+        self._limits = limits
+        self._options = options or RelayOptions()
+        self._store_clock = StoreClock(engine, clock)
+        self._waiting: deque[Entry] = deque()
+        self._confirmed: deque[UUID] = deque()
+        self._to_publish = asyncio.Event()
+        self._to_delete = asyncio.Event()
+        self._to_sweep = asyncio.Event()
+        self._supervisor = Supervisor(clock)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self) -> None:
+        """Start publishing, and listen for sessions of this process that commit a `ServiceOutbox` message."""
+        await self._store_clock.calibrate()
+        self._loop = asyncio.get_running_loop()
+        event.listen(Session, "after_commit", self._after_commit)
+        self._supervisor.start("relay.publish", self._publish_loop)
+        self._supervisor.start("relay.delete", self._delete_loop)
+        self._supervisor.start("relay.sweep", self._sweep_loop)
+        self._supervisor.start("relay.wake", self._wake_loop)
+
+    async def stop(self) -> None:
+        """Stop; what is not published stays in the table for others."""
+        if event.contains(Session, "after_commit", self._after_commit):
+            event.remove(Session, "after_commit", self._after_commit)
+        await self._supervisor.stop()
+
+    def _after_commit(self, session: Session) -> None:
+        if session.info.pop(ADDED, False) and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._to_sweep.set)  # a sync session may live in another thread
+
+    # Outbox
+
+    async def write(
+        self, connection: AsyncConnection, messages: Sequence[Outbound], settling: Sequence[Delivery] = ()
+    ) -> AfterCommit:
+        """Insert `messages`, leased to this process. See `Outbox.write`."""
+        if not messages:
+            return _nothing
+        entries = [
+            Entry(
+                self._ids.new(),
+                message.address,
+                message.bundle,
+                message.encode(self._limits),
+                message.envelope.traceparent,
+                message.envelope.tracestate,
+            )
+            for message in messages
+        ]
+        await insert_entries(connection, entries, due_at=self._store_clock.now() + self._lease)
+        return lambda: self._hand_over(entries)
+
+    def _hand_over(self, entries: list[Entry]) -> None:
+        self._waiting.extend(entries)
+        self._to_publish.set()
+
+    # Publishing
+
+    async def _publish_loop(self) -> None:
+        while True:
+            await _cleared(self._to_publish)
+            entries = list(self._waiting)
+            self._waiting.clear()
+            if entries:
+                await self._publish(entries)
+
+    async def _publish(self, entries: list[Entry]) -> int:
+        """Publish `entries` and return how many the bus has confirmed."""
+        bundles = bundled(entries, self._limits, share=self._options.share)
+        await failpoint("relay.before_publish")
+        errors = await self._bus.publish([bundle.outgoing() for bundle in bundles])
+        await failpoint("relay.after_confirm")
+        failed: list[tuple[Entry, PublishError]] = []
+        for bundle, error in zip(bundles, errors, strict=True):
+            if error is None:
+                self._confirmed.extend(entry.id for entry in bundle.entries)
+            else:
+                failed.extend((entry, error) for entry in bundle.entries)
+        if self._confirmed:
+            self._to_delete.set()
+        if failed:
+            await self._keep(failed)
+        return len(entries) - len(failed)
+
+    async def _keep(self, failed: list[tuple[Entry, PublishError]]) -> None:
+        """Leave rows that were not confirmed in the table for a later try."""
+        now = self._store_clock.now()
+        rows = []
+        for entry, error in failed:
+            attempts = entry.attempts + 1
+            longest = min(self._options.backoff_most, self._options.backoff_first * 2 ** min(attempts, 16))
+            due_at = now + timedelta(seconds=self._random.uniform(longest / 2, longest))
+            rows.append((entry.id, attempts, due_at, f"{error.code}: {error}"[:1000]))
+        entry, error = failed[0]
+        logger.warning(
+            "%d messages were not confirmed and will be published again; the first: %s to %s: %s",
+            len(failed),
+            entry.id,
+            entry.address.key,
+            error,
+            extra={"action": "relay.not_confirmed", "count": len(failed)},
+        )
+        async with transaction(self._engine) as connection:
+            await _postpone.update(connection, rows, key="id")
+
+    async def _delete_loop(self) -> None:
+        while True:
+            await _cleared(self._to_delete)
+            ids = list(self._confirmed)
+            if not ids:
+                continue
+            async with transaction(self._engine) as connection:
+                await delete_by_id(connection, outbox, ids)
+            for _ in ids:  # only now: after an error they are deleted again
+                self._confirmed.popleft()
+
+    # Sweeping
+
+    async def _wake_loop(self) -> None:
+        while True:
+            await self._clock.sleep(self._options.sweep_every)
+            self._to_sweep.set()
+
+    async def _sweep_loop(self) -> None:
+        while True:
+            await _cleared(self._to_sweep)
+            await self.sweep()
+
+    async def sweep(self) -> int:
+        """Publish rows whose lease has run out until there are none; return how many there were."""
+        total = 0
+        try:
+            await self._store_clock.calibrate_if_old()
+            while entries := await self._claim():
+                total += len(entries)
+                if await self._publish(entries) == 0:
+                    break  # the bus is away: do not run through the whole table in vain
+        except SQLAlchemyError as error:
+            if not is_transient(error):
+                raise
+            logger.warning("the outbox cannot be read: %s", error, extra={"action": "relay.database_away"})
+        return total
+
+    async def _claim(self) -> list[Entry]:
+        async with transaction(self._engine) as connection:
+            if connection.dialect.name == "postgresql":
+                found = await connection.execute(_CLAIM_POSTGRES, self._claim_parameters())
+            else:
+                found = await connection.execute(_CLAIM_SQLITE, self._claim_parameters())
+            rows = found.all()
+        return [
+            Entry(row.id, Address(Exchange(row.exchange), row.routing_key), row.bundle, row.body, row.traceparent,
+                  row.tracestate, row.attempts)
+            for row in sorted(rows, key=lambda row: row.id.int)
+        ]
+
+    def _claim_parameters(self) -> dict[str, Any]:
+        now = self._store_clock.now()
+        return {"now": now, "until": now + self._lease, "most": self._options.sweep_limit}
+
+    @property
+    def _lease(self) -> timedelta:
+        return timedelta(seconds=self._options.lease)
+
+
+async def insert_entries(connection: AsyncConnection, entries: Sequence[Entry], *, due_at: Any) -> None:
+    """Write `entries` to the outbox; nobody else publishes them before `due_at`."""
+    await _insert.insert(
+        connection,
+        [
+            (e.id, e.address.exchange.value, e.address.key, e.bundle, e.body, e.traceparent, e.tracestate, e.attempts, due_at)
+            for e in entries
+        ],
+    )
+
+
+def _nothing() -> None:
+    """Nothing was written, so nothing is to be done after the commit."""
+
+
+async def _cleared(event: asyncio.Event) -> None:
+    """Wait for `event` and clear it before anything is read, so that a set in between is not lost."""
+    await event.wait()
+    event.clear()

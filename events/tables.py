@@ -1,0 +1,97 @@
+"""The tables of this package. Each package adds its own to the same metadata."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    TypeDecorator,
+    Uuid,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeEngine
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """A point in time with its zone: `timestamptz` on PostgreSQL, microseconds since 1970 on SQLite."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(DateTime(timezone=True))
+        return dialect.type_descriptor(BigInteger())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return (value - _EPOCH) // _MICROSECOND
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None or dialect.name == "postgresql":
+            return value  # type: ignore[no-any-return]  # the driver's own datetime
+        return _EPOCH + value * _MICROSECOND
+
+
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+# Messages that a committed transaction caused and that the bus has not confirmed yet. Rows are deleted once
+# confirmed, so the table is short; `due_at` is the lease of whoever publishes a row, or the next try.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("exchange", Text, nullable=False),
+    Column("routing_key", Text, nullable=False),
+    Column("bundle", SmallInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("traceparent", Text),
+    Column("tracestate", Text),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("due_at", Timestamp, nullable=False),
+    Column("error", Text),
+)
+
+# Messages that were given up on, byte for byte.
+dead_letter = Table(
+    "dead_letter",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("consumer", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("content_type", Text),
+    Column("headers", Json, nullable=False),
+    Column("message_id", Text),
+    Column("message_type", Text),
+    Column("saga_id", Uuid),
+    Column("traceparent", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("dead_at", Timestamp, nullable=False),
+    Index(None, "dead_at"),
+)

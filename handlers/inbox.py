@@ -1,0 +1,49 @@
+"""The inbox: which messages a consumer has handled, and what it replied."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from events.database import Bulk, Lookup, reader
+from handlers.tables import inbox
+
+_recorded = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", key="message_key")
+_insert = Bulk(inbox, "message_key", "consumer", "reply", "reply_to", "handled_at")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A handled message and the encoded reply it was given, if it was given one."""
+
+    key: UUID
+    reply: bytes | None
+    reply_to: str | None
+
+
+class Inbox:
+    """The inbox of one consumer."""
+
+    def __init__(self, engine: AsyncEngine, consumer: str) -> None:
+        self._reader = reader(engine)
+        self._consumer = consumer
+
+    async def find(self, keys: Sequence[UUID]) -> Mapping[UUID, Recorded]:
+        """Return what is recorded of `keys`, outside any transaction."""
+        async with self._reader.connect() as connection:
+            rows = await _recorded.find(connection, keys)
+        return {
+            key: Recorded(key, reply, reply_to) for key, consumer, reply, reply_to in rows if consumer == self._consumer
+        }
+
+    async def record(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> set[UUID]:
+        """Record messages in the open transaction; return the keys of those that nobody had recorded before.
+
+        Who loses the race for a key waits here for the winner's commit and then finds the key missing in the
+        answer: its own work must not be committed.
+        """
+        rows = [(entry.key, self._consumer, entry.reply, entry.reply_to, now) for entry in handled]
+        rows.sort(key=lambda row: row[0].int)  # one order for everybody: no deadlock between two batches
+        return set(await _insert.insert_new(connection, rows, key=("message_key", "consumer")))

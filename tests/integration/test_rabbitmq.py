@@ -1,0 +1,596 @@
+"""What only RabbitMQ can do to us: restarts, lost queues, other people's queues, a broker that stops answering."""
+
+import asyncio
+import itertools
+import logging
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aio_pika
+import pika  # type: ignore[import-untyped]  # pika ships no types
+import pytest
+from opentelemetry import trace
+from opentelemetry.instrumentation.aio_pika import AioPikaInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from yarl import URL
+
+from events import tracing
+from events.bus import Address, Delivery, Exchange, Outgoing, Queue
+from events.clock import SystemClock
+from events.errors import BusClosedError, ConfigurationError, PublishError, UnroutableError
+from events.ids import TimeOrderedIds
+from events.rabbitmq import RabbitMQBus, RabbitMQOptions
+from events.rabbitmq_wire import UNDECODABLE
+from tests.support.servers import RabbitMQ
+
+pytestmark = pytest.mark.rabbitmq
+
+CHARGE = Address(Exchange.COMMANDS, "charge.card")
+PLACED = Address(Exchange.EVENTS, "order.placed")
+PAYMENTS = Queue("payments", (CHARGE,))
+
+
+def new_bus(url: str, **options: Any) -> RabbitMQBus:
+    return RabbitMQBus(url, clock=SystemClock(), ids=TimeOrderedIds(), options=RabbitMQOptions(**options))
+
+
+@asynccontextmanager
+async def opened(url: str, **options: Any) -> AsyncIterator[RabbitMQBus]:
+    bus = new_bus(url, **options)
+    await bus.open()
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
+@asynccontextmanager
+async def wire(url: str) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
+    """Somebody else's channel."""
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        yield channel
+
+
+async def publish_until_confirmed(bus: RabbitMQBus, message: Outgoing) -> None:
+    async with asyncio.timeout(60):
+        while (await bus.publish([message]))[0] is not None:  # noqa: ASYNC110  # no event tells that it is back
+            await asyncio.sleep(0.05)
+
+
+class Received:
+    def __init__(self) -> None:
+        self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+
+    def __call__(self, delivery: Delivery) -> None:
+        self._deliveries.put_nowait(delivery)
+
+    async def next(self) -> Delivery:
+        async with asyncio.timeout(60):
+            return await self._deliveries.get()
+
+
+class Ledger:
+    """Publishes numbered commands without pause, and acknowledges and remembers all that arrive."""
+
+    def __init__(self, bus: RabbitMQBus) -> None:
+        self._bus = bus
+        self._received = Received()
+        self._numbers = itertools.count()
+        self.confirmed: set[str] = set()
+        self.arrived: set[str] = set()
+        self.errors: list[PublishError] = []
+        self.confirmed_some = asyncio.Event()
+        self.arrived_some = asyncio.Event()
+
+    async def consume(self) -> None:
+        await self._bus.consume("payments", self._received, prefetch=50)
+        while True:
+            delivery = await self._received.next()
+            self.arrived.add(delivery.body.decode())
+            self.arrived_some.set()
+            await delivery.ack()
+
+    async def publish(self) -> None:
+        while True:
+            texts = [f"[{next(self._numbers)}]" for _ in range(20)]
+            results = await self._bus.publish([Outgoing(CHARGE, text.encode()) for text in texts])
+            self.confirmed |= {text for text, error in zip(texts, results, strict=True) if error is None}
+            self.errors += [error for error in results if error is not None]
+            if self.confirmed:
+                self.confirmed_some.set()
+            await asyncio.sleep(0.01)
+
+    async def confirms(self, more: int) -> None:
+        """Return when `more` further messages were confirmed."""
+        aim = len(self.confirmed) + more
+        async with asyncio.timeout(60):
+            while len(self.confirmed) < aim:
+                self.confirmed_some.clear()
+                await self.confirmed_some.wait()
+
+    async def everything_confirmed_arrives(self) -> None:
+        async with asyncio.timeout(60):
+            while not self.confirmed <= self.arrived:
+                self.arrived_some.clear()
+                await self.arrived_some.wait()
+
+
+class Proxy:
+    """Stands before a broker and passes bytes on, or holds them back: a broker that hangs, a network that drops."""
+
+    def __init__(self, target: URL) -> None:
+        self._target = target
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._connections: set[asyncio.Task[None]] = set()
+
+    def hold(self) -> None:
+        self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        """The URL of the broker behind this proxy."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            yield str(self._target.with_host("127.0.0.1").with_port(port))
+        finally:
+            server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_broker = await asyncio.open_connection(self._target.host, self._target.port)
+        await asyncio.gather(self._pass_on(reader, to_broker[1]), self._pass_on(to_broker[0], writer))
+
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65_536):
+                await self._flowing.wait()
+                sink.write(data)
+                await sink.drain()
+        except ConnectionError:
+            pass
+        finally:
+            sink.close()
+
+
+@pytest.fixture
+async def proxy(amqp_url: str) -> Proxy:
+    return Proxy(URL(amqp_url))
+
+
+@pytest.mark.parametrize("end", [RabbitMQ.kill9, RabbitMQ.stop])
+async def test_no_confirmed_message_is_lost_when_the_broker_goes_down_under_load(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str, end: Callable[[RabbitMQ], None]
+) -> None:
+    async with opened(private_amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        ledger = Ledger(bus)
+        consuming = asyncio.create_task(ledger.consume())
+        publishing = asyncio.create_task(ledger.publish())
+        await ledger.confirms(200)
+        await asyncio.to_thread(private_rabbitmq.flush)
+        await ledger.confirms(200)
+
+        await asyncio.to_thread(end, private_rabbitmq)
+        [error] = await bus.publish([Outgoing(CHARGE, b"[-1]")])
+        assert isinstance(error, PublishError)
+        assert not bus.is_connected
+        await asyncio.to_thread(private_rabbitmq.start)
+
+        await ledger.confirms(200)
+        publishing.cancel()
+        await asyncio.wait([publishing])
+        await ledger.everything_confirmed_arrives()
+        consuming.cancel()
+        await asyncio.wait([consuming])
+        assert bus.is_connected
+        assert not any(isinstance(error, UnroutableError) for error in ledger.errors)
+
+
+async def test_publishing_fails_at_once_while_the_broker_is_down(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    async with opened(private_amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        await asyncio.to_thread(private_rabbitmq.kill9)
+        async with asyncio.timeout(5):
+            for _ in range(10):
+                errors = await bus.publish([Outgoing(CHARGE, b"[1]")] * 100)
+                assert all(isinstance(error, PublishError) for error in errors)
+
+
+async def test_a_broker_that_stops_answering_ends_a_publish_with_an_error(proxy: Proxy) -> None:
+    """A stalled connection raises CancelledError out of aio-pika, which no `except Exception` sees."""
+    async with proxy.running() as url, opened(f"{url}?heartbeat=1", publish_timeout=60) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        await bus.consume("payments", received, prefetch=1)
+        proxy.hold()
+        async with asyncio.timeout(30):
+            errors = await bus.publish([Outgoing(CHARGE, b"[1]"), Outgoing(CHARGE, b"[2]")])
+        assert all(isinstance(error, PublishError) for error in errors)
+        proxy.release()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[3]"))
+        while (delivery := await received.next()).body != b"[3]":
+            await delivery.ack()
+
+
+async def test_a_broker_that_does_not_confirm_is_asked_with_one_message_at_a_time(proxy: Proxy, amqp_url: str) -> None:
+    async with proxy.running() as url, opened(url, publish_timeout=0.3) as bus:
+        await bus.declare([PAYMENTS])
+        proxy.hold()
+        async with asyncio.timeout(5):
+            first = await bus.publish([Outgoing(CHARGE, b"[1]")] * 1000)
+            second = await bus.publish([Outgoing(CHARGE, b"[2]")] * 1000)
+        assert all(isinstance(error, PublishError) for error in (*first, *second))
+        assert not bus.is_connected
+        proxy.release()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[3]"))
+        assert bus.is_connected
+        async with wire(amqp_url) as channel:
+            queue = await channel.declare_queue("saga.payments", passive=True)
+            # At most the 64 that were in flight, one probe for each later attempt, and the last.
+            assert (queue.declaration_result.message_count or 0) < 100
+
+
+async def test_cancelling_a_publish_is_not_taken_for_a_lost_connection(proxy: Proxy) -> None:
+    async with proxy.running() as url, opened(url) as bus:
+        await bus.declare([PAYMENTS])
+        proxy.hold()
+        for count in (1, 100):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await bus.publish([Outgoing(CHARGE, b"[1]")] * count)
+        proxy.release()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[2]"))
+
+
+async def test_settling_and_cancelling_on_a_dead_line_end_in_time(proxy: Proxy) -> None:
+    async with proxy.running() as url, opened(url, publish_timeout=0.2, connect_timeout=1) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        consumer = await bus.consume("payments", received, prefetch=100)
+        await bus.publish([Outgoing(CHARGE, b"[1]")] * 100)
+        deliveries = [await received.next() for _ in range(100)]
+        proxy.hold()
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(delivery.ack() for delivery in deliveries))
+            await consumer.cancel()
+            await bus.close()
+
+
+async def test_closing_while_the_broker_is_down_is_quick_and_silent(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    bus = new_bus(private_amqp_url)
+    await bus.open()
+    await bus.declare([PAYMENTS])
+    await bus.consume("payments", Received(), prefetch=1)
+    await asyncio.to_thread(private_rabbitmq.kill9)
+    async with asyncio.timeout(5):
+        await bus.close()
+        await bus.close()
+
+
+async def test_a_consumer_resumes_when_its_queue_was_deleted(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        await bus.consume("payments", received, prefetch=5)
+        async with wire(amqp_url) as channel:
+            await channel.queue_delete("saga.payments")
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        await (await received.next()).ack()
+
+
+async def test_queues_deleted_during_a_lost_connection_are_declared_again(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS, Queue("mail", (PLACED,))])
+        received = Received()
+        await bus.consume("payments", received, prefetch=5)
+        async with wire(amqp_url) as channel:
+            # In one go with the deletions, so that aio-pika sees the lost connection first.
+            connection = bus._consuming
+            assert connection is not None
+            assert connection.transport is not None
+            connection.connected.clear()
+            await asyncio.gather(
+                connection.transport.connection.close(ConnectionError("test")),
+                channel.queue_delete("saga.payments"),
+                channel.queue_delete("saga.mail"),
+            )
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        await (await received.next()).ack()
+        await bus.publish([Outgoing(PLACED, b"[2]")])
+        mail = Received()
+        await bus.consume("mail", mail, prefetch=1)
+        assert (await mail.next()).body == b"[2]"
+
+
+async def test_a_consumer_whose_channel_is_not_restored_is_started_again(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(amqp_url, watch_every=0.05) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        consumer: Any = await bus.consume("payments", received, prefetch=5)
+        await consumer._channel.close()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        await (await received.next()).ack()
+        assert "bus.restarted" in [getattr(record, "action", None) for record in caplog.records]
+
+
+async def test_a_publisher_whose_channel_is_not_restored_is_started_again(amqp_url: str) -> None:
+    async with opened(amqp_url, watch_every=0.05) as bus:
+        await bus.declare([PAYMENTS])
+        assert bus._publisher is not None
+        await bus._publisher.close()
+        assert not bus.is_connected
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        assert bus.is_connected
+
+
+async def test_a_declarer_whose_channel_is_not_restored_is_started_again(amqp_url: str) -> None:
+    async with opened(amqp_url, watch_every=0.05) as bus:
+        await bus.declare([PAYMENTS])
+        assert bus._declarer is not None
+        await bus._declarer.close()
+        async with wire(amqp_url) as channel:
+            await channel.queue_delete("saga.payments")
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+
+
+async def test_an_exchange_that_was_deleted_is_made_again(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        async with wire(amqp_url) as channel:
+            await channel.exchange_delete("saga.events")
+        errors = await bus.publish([Outgoing(PLACED, b"[1]")] * 3)
+        assert all(isinstance(error, PublishError) for error in errors)
+        await publish_until_confirmed(bus, Outgoing(PLACED, b"[2]"))
+
+
+async def test_a_cancelled_consumer_gives_its_channel_back(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        assert bus._consuming is not None
+        assert bus._consuming.transport is not None
+        channels = bus._consuming.transport.connection.channels
+        before = len(channels)
+        for _ in range(20):
+            await (await bus.consume("payments", Received(), prefetch=1)).cancel()
+        assert len(channels) == before
+
+        received = Received()
+        consumer = await bus.consume("payments", received, prefetch=2)
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        delivery = await received.next()
+        await consumer.cancel()
+        assert len(channels) == before + 1
+        await delivery.ack()
+        assert len(channels) == before
+
+
+async def test_a_queue_with_other_properties_is_a_configuration_error_that_names_it(amqp_url: str) -> None:
+    async with wire(amqp_url) as channel:
+        await channel.declare_queue("saga.payments", durable=True)
+    async with opened(amqp_url) as bus:
+        with pytest.raises(ConfigurationError, match=r"saga\.payments"):
+            await bus.declare([PAYMENTS])
+        await bus.declare([Queue("mail", (PLACED,))])
+        await publish_until_confirmed(bus, Outgoing(PLACED, b"[1]"))
+
+
+async def test_an_exchange_with_other_properties_is_a_configuration_error_that_names_it(amqp_url: str) -> None:
+    async with wire(amqp_url) as channel:
+        await channel.declare_exchange("saga.events", "fanout", durable=True)
+    with pytest.raises(ConfigurationError, match=r"saga\.events"):
+        await new_bus(amqp_url).open()
+
+
+async def test_namespaces_keep_deployments_apart(amqp_url: str) -> None:
+    clock, ids = SystemClock(), TimeOrderedIds()
+    one, other = (RabbitMQBus(amqp_url, namespace=name, clock=clock, ids=ids) for name in ("one", "other"))
+    try:
+        await one.open()
+        await other.open()
+        await one.declare([PAYMENTS])
+        [error] = await other.publish([Outgoing(CHARGE, b"[1]")])
+        assert isinstance(error, UnroutableError)
+    finally:
+        await one.close()
+        await other.close()
+
+
+async def test_a_full_queue_is_an_error_and_not_unroutable(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        async with wire(amqp_url) as channel:
+            queue = await channel.declare_queue(
+                "full", durable=True, arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
+            )
+            await queue.bind("saga.commands", CHARGE.key)
+            errors = await bus.publish([Outgoing(CHARGE, b"[1]")] * 5)
+        refused = [error for error in errors if error is not None]
+        assert len(refused) == 4
+        assert not any(isinstance(error, UnroutableError) for error in refused)
+
+
+async def test_a_message_that_cannot_be_encoded_spoils_only_itself(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        too_long = Address(Exchange.COMMANDS, "x" * 300)
+        results = await bus.publish([Outgoing(CHARGE, b"[1]"), Outgoing(too_long, b"[2]"), Outgoing(CHARGE, b"[3]")])
+        assert [result is None for result in results] == [True, False, True]
+
+
+async def test_each_publish_attempt_is_persistent_and_has_an_id_of_its_own(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        await bus.publish([Outgoing(CHARGE, b"[1]")] * 2)
+        async with wire(amqp_url) as channel:
+            queue = await channel.declare_queue("saga.payments", passive=True)
+            messages = [await queue.get(no_ack=True, timeout=10) for _ in range(2)]
+        assert [message.delivery_mode for message in messages] == [aio_pika.DeliveryMode.PERSISTENT] * 2
+        assert len({message.message_id for message in messages}) == 2
+        assert all(message.message_id for message in messages)
+
+
+class DeepHeaders(pika.BasicProperties):  # type: ignore[misc]  # pika ships no types
+    """Headers nested more deeply than a recursive decoder can follow."""
+
+    def encode(self) -> list[bytes]:
+        table = b""
+        for _ in range(1500):
+            table = b"\x01aF" + struct.pack(">I", len(table)) + table
+        return [struct.pack(">HI", self.FLAG_HEADERS, len(table)), table]
+
+
+HOSTILE = (
+    pika.BasicProperties(timestamp=2**62),
+    pika.BasicProperties(content_type=b"\xff\xfe"),
+    pika.BasicProperties(message_id=b"\xc3\x28"),
+    pika.BasicProperties(headers={"at": 1, "big": 2**62, "raw": b"\xff"}),
+    DeepHeaders(),
+)
+
+
+def publish_hostile(url: str) -> None:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for number, properties in enumerate(HOSTILE):
+            channel.basic_publish("saga.events", b"order.\xff", f"[{number}]".encode(), properties, mandatory=True)
+
+
+async def test_hostile_properties_do_not_cost_the_connection(amqp_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """aiormq drops the connection over each of these, again and again, and takes the neighbours along."""
+    async with opened(amqp_url) as bus:
+        await bus.declare([Queue("all", (Address(Exchange.EVENTS, "#"),))])
+        await asyncio.to_thread(publish_hostile, amqp_url)
+        received = Received()
+        with caplog.at_level(logging.WARNING):
+            await bus.consume("all", received, prefetch=50)
+            deliveries = [await received.next() for _ in HOSTILE]
+        by_body = {delivery.body: delivery for delivery in deliveries}
+        assert sorted(by_body) == [b"[0]", b"[1]", b"[2]", b"[3]", b"[4]"]
+        assert not any(delivery.redelivered for delivery in deliveries)
+        assert UNDECODABLE in by_body[b"[0]"].headers
+        assert by_body[b"[3]"].headers["at"] == 1
+        assert UNDECODABLE in by_body[b"[4]"].headers
+        for delivery in deliveries:
+            await delivery.ack()
+
+
+async def test_where_there_is_no_broker_opening_says_so_at_once(unused_tcp_port: int) -> None:
+    bus = new_bus(f"amqp://guest:secret-word@127.0.0.1:{unused_tcp_port}/")
+    with pytest.raises(BusClosedError, match=f"127.0.0.1:{unused_tcp_port}") as caught:
+        await bus.open()
+    assert "secret-word" not in str(caught.value)
+    await bus.close()
+
+
+async def test_a_host_that_does_not_answer_is_given_up_on(unused_tcp_port: int) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the other side goes
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", unused_tcp_port) as server:
+        with pytest.raises(BusClosedError, match="did not answer"):
+            await new_bus(f"amqp://127.0.0.1:{unused_tcp_port}/", connect_timeout=0.3).open()
+        server.close()
+
+
+async def test_a_wrong_password_or_vhost_is_a_configuration_error_without_the_password(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = URL(amqp_url)
+    for wrong in (url.with_password("secret-word"), url.with_password("secret-word").with_user("nobody")):
+        with pytest.raises(ConfigurationError) as caught:
+            await new_bus(str(wrong)).open()
+        assert "secret-word" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="no-such-vhost"):
+        await new_bus(str(url.with_path("/no-such-vhost"))).open()
+    assert "secret-word" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret-word@host/",
+        "amqp://user:secret-word@host:port/",
+        "amqp://user:secret-word@/",
+        "secret-word",
+    ],
+)
+async def test_a_url_that_cannot_be_read_is_refused_without_the_password(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        await new_bus(url).open()
+    assert "secret-word" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+    monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("test"))
+    instrumentor = AioPikaInstrumentor()
+    instrumentor.instrument(tracer_provider=provider)
+    yield exporter
+    instrumentor.uninstrument()
+    provider.shutdown()
+
+
+def named(spans: InMemorySpanExporter, ending: str) -> ReadableSpan:
+    [span] = [span for span in spans.get_finished_spans() if span.name.endswith(ending)]
+    return span
+
+
+ONE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TWO = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+async def test_a_message_is_published_in_its_own_trace(amqp_url: str, spans: InMemorySpanExporter) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        with trace.get_tracer("test").start_as_current_span("somebody else's work"):
+            await bus.publish([Outgoing(CHARGE, b"[1]", traceparent=ONE)])
+        await bus.consume("payments", received, prefetch=1)
+        delivery = await received.next()
+        sent = named(spans, "send")
+        assert sent.parent is not None
+        assert tracing.span_context(ONE).trace_id == sent.parent.trace_id == sent.context.trace_id
+        assert delivery.headers["traceparent"].split("-")[1] == ONE.split("-")[1]
+
+
+async def test_a_bundle_of_several_traces_is_published_in_a_trace_that_links_to_them(
+    amqp_url: str, spans: InMemorySpanExporter
+) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        await bus.publish([Outgoing(CHARGE, b"[1, 2]", traceparent=ONE, links=(ONE, TWO))])
+        bundle, sent = named(spans, "publish bundle"), named(spans, "send")
+        assert bundle.parent is None
+        assert {link.context.trace_id for link in bundle.links} == {
+            tracing.span_context(ONE).trace_id,
+            tracing.span_context(TWO).trace_id,
+        }
+        assert sent.parent is not None
+        assert sent.parent.span_id == bundle.context.span_id
