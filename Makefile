@@ -6,7 +6,7 @@ PYTEST := $(DEV) pytest
 .PHONY: help setup demo test test-unit test-containers check format bench lock clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1@\2/p' Makefile | column -t -s @
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## make .venv from requirements.lock
 	$(DEV)

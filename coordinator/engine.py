@@ -77,6 +77,7 @@ class Engine:
         timer_every: float = 0.5,
     ) -> None:
         self._definitions = {(each.name, each.version): each for each in definitions}
+        self.queues = coordinator_queues(self._definitions.values())
         self._starts: dict[str, list[SagaDefinition]] = {}
         self._registry = Registry([Failed, Refused])
         for definition in _newest(self._definitions.values()):
@@ -100,12 +101,6 @@ class Engine:
         self._intake = Intake(limits)
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
-
-    @property
-    def queues(self) -> list[Queue]:
-        """The queues that the coordinator consumes."""
-        starts = tuple(Address(Exchange.EVENTS, message_type) for message_type in sorted(self._starts))
-        return [Queue(_EVENT_QUEUE, starts), Queue(_REPLY_QUEUE, (Address(Exchange.REPLIES, REPLY_ADDRESS),))]
 
     async def start(self) -> None:
         """Start to consume; the queues must have been declared."""
@@ -401,6 +396,13 @@ class Engine:
             instance.reason,
             extra={"action": "saga.needs_attention", "saga": instance.saga, "saga_id": str(instance.id)},
         )
+
+
+def coordinator_queues(definitions: Iterable[SagaDefinition]) -> list[Queue]:
+    """Return the queues that a coordinator of these sagas consumes: start events, and replies."""
+    types = {start.event.message_type for definition in _newest(definitions) for start in definition.starts}
+    starts = tuple(Address(Exchange.EVENTS, message_type) for message_type in sorted(types))
+    return [Queue(_EVENT_QUEUE, starts), Queue(_REPLY_QUEUE, (Address(Exchange.REPLIES, REPLY_ADDRESS),))]
 
 
 def _newest(definitions: Iterable[SagaDefinition]) -> list[SagaDefinition]:

@@ -1,13 +1,13 @@
 """One running process: the bus, the database, and what an application runs on them."""
 
 import asyncio
-import logging
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
 from dishka import AsyncContainer, make_async_container
-from sqlalchemy import make_url
+from sqlalchemy import MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator import schema
@@ -17,7 +17,7 @@ from coordinator.settings import Settings
 from coordinator.store import Store
 from events.bus import Bus
 from events.clock import Clock, SystemClock
-from events.database import open_database, transaction
+from events.database import open_database, sqlite_file, transaction
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
 from events.ids import Ids, Random, TimeOrderedIds, system_random
@@ -27,8 +27,6 @@ from events.rabbitmq import RabbitMQBus
 from events.relay import Relay
 from events.sqlite import FileLock
 from handlers.runner import HandlerRunner
-
-logger = logging.getLogger(__name__)
 
 
 class Node:
@@ -88,12 +86,16 @@ class Node:
         await self._stack.aclose()
 
     async def _open(self) -> None:
-        self.engine = await self._open_database()
-        outbox = await self._open_bus()
+        enter = self._stack.enter_async_context
+        self.engine = await enter(open_schema(self._settings, self._app.tables))
+        self.bus, self.relay = await enter(
+            open_bus(self._settings, self.engine, clock=self._clock, ids=self._ids, random=self._random)
+        )
         self.store = Store(self.engine, self._clock)
         self.publisher = Publisher(
             self.bus, self._app.source, clock=self._clock, ids=self._ids, limits=self._settings.limits
         )
+        outbox: Outbox = self.bus if isinstance(self.bus, EmbeddedBus) else self.relay
         engine = self._make_engine(outbox)
         runners = self._make_runners(outbox)
         queues = [runner.handler.queue for runner in runners] + (engine.queues if engine else [])
@@ -103,56 +105,8 @@ class Node:
         if runners:
             self._stack.push_async_callback(_stop_together, runners, self._settings.grace)
         if engine is not None:
-            await engine.start()
             self._stack.push_async_callback(engine.stop)
-
-    async def _open_database(self) -> AsyncEngine:
-        url = self._settings.database_url.get_secret_value()
-        engine = open_database(url, pool_size=self._settings.pool_size)
-        self._stack.push_async_callback(engine.dispose)
-        path = make_url(url).database
-        if engine.dialect.name == "sqlite" and path and path != ":memory:":
-            lock = FileLock(path)
-            lock.acquire()
-            self._stack.callback(lock.release)
-        if self._settings.migrate:
-            await schema.upgrade(engine)
-        else:
-            await schema.check(engine)
-        for tables in self._app.tables:
-            async with transaction(engine) as connection:
-                await connection.run_sync(tables.create_all)
-        return engine
-
-    async def _open_bus(self) -> Outbox:
-        """Open the bus and return where transactions leave their messages: the bus itself if it is embedded."""
-        outbox: Outbox
-        if self._settings.embedded:
-            if self.engine.dialect.name != "sqlite":
-                raise ConfigurationError(
-                    "the embedded bus lives in an SQLite file; set COORDINATOR_BROKER_URL to use PostgreSQL"
-                )
-            self.bus = outbox = EmbeddedBus(self.engine, clock=self._clock, limits=self._settings.limits)
-        else:
-            self.bus = RabbitMQBus(
-                self._settings.broker_url.get_secret_value(),
-                namespace=self._settings.namespace,
-                clock=self._clock,
-                ids=self._ids,
-            )
-        await self.bus.open()
-        self._stack.push_async_callback(self.bus.close)
-        self.relay = Relay(
-            self.engine,
-            self.bus,
-            clock=self._clock,
-            ids=self._ids,
-            random=self._random,
-            limits=self._settings.limits,
-        )
-        await self.relay.start()
-        self._stack.push_async_callback(self.relay.stop)
-        return outbox if self._settings.embedded else self.relay
+            await engine.start()
 
     def _make_engine(self, outbox: Outbox) -> Engine | None:
         if not self._with_coordinator:
@@ -196,3 +150,69 @@ class Node:
 
 async def _stop_together(runners: list[HandlerRunner], grace: float) -> None:
     await asyncio.gather(*(runner.stop(grace) for runner in runners))
+
+
+@asynccontextmanager
+async def open_schema(settings: Settings, tables: Sequence[MetaData] = ()) -> AsyncIterator[AsyncEngine]:
+    """Open the database with its schema up to date, and alone where it is an SQLite file.
+
+    Raises:
+        DatabaseInUseError: another process works on the SQLite file.
+        ConfigurationError: the schema is old, and the settings say not to touch it.
+    """
+    url = settings.database_url.get_secret_value()
+    engine = open_database(url, pool_size=settings.pool_size)
+    file = sqlite_file(url)
+    lock = FileLock(file) if file else None
+    if lock:
+        lock.acquire()
+    try:
+        if settings.migrate:
+            await schema.upgrade(engine)
+        else:
+            await schema.check(engine)
+        for metadata in tables:
+            async with transaction(engine) as connection:
+                await connection.run_sync(metadata.create_all)
+        yield engine
+    finally:
+        await engine.dispose()
+        if lock:
+            lock.release()
+
+
+@asynccontextmanager
+async def open_bus(
+    settings: Settings,
+    engine: AsyncEngine,
+    *,
+    clock: Clock | None = None,
+    ids: Ids | None = None,
+    random: Random | None = None,
+) -> AsyncIterator[tuple[Bus, Relay]]:
+    """Open the bus, and run a relay from the database's outbox to it.
+
+    Raises:
+        ConfigurationError: the embedded bus and PostgreSQL do not go together.
+    """
+    clock, ids, random = clock or SystemClock(), ids or TimeOrderedIds(), random or system_random()
+    bus: Bus
+    if not settings.embedded:
+        url = settings.broker_url.get_secret_value()
+        bus = RabbitMQBus(url, namespace=settings.namespace, clock=clock, ids=ids)
+    elif engine.dialect.name == "sqlite":
+        bus = EmbeddedBus(engine, clock=clock, limits=settings.limits)
+    else:
+        raise ConfigurationError(
+            "the embedded bus lives in an SQLite file; to use PostgreSQL set COORDINATOR_BROKER_URL to a RabbitMQ server"
+        )
+    relay = Relay(engine, bus, clock=clock, ids=ids, random=random, limits=settings.limits)
+    await bus.open()
+    try:
+        await relay.start()
+        try:
+            yield bus, relay
+        finally:
+            await relay.stop()
+    finally:
+        await bus.close()

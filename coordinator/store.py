@@ -64,6 +64,7 @@ class Store:
     """The saga instances of one database."""
 
     def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+        self.engine = engine
         self._reader = reader(engine)
         self.clock = StoreClock(engine, clock)
 

@@ -59,6 +59,14 @@ def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False
             raise ConfigurationError(f"the database must be PostgreSQL or SQLite, not {other}")
 
 
+def sqlite_file(url: str | URL) -> str | None:
+    """Return the file of an SQLite URL; None for other databases and for databases in memory."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        return None
+    return parsed.database
+
+
 def reader(engine: AsyncEngine) -> AsyncEngine:
     """Return `engine` for single reading statements, without the round trips of a transaction around them."""
     if engine.dialect.name == "postgresql":

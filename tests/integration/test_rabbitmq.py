@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -173,9 +173,9 @@ async def proxy(amqp_url: str) -> Proxy:
     return Proxy(URL(amqp_url))
 
 
-@pytest.mark.parametrize("end", [RabbitMQ.kill9, RabbitMQ.stop])
+@pytest.mark.parametrize("end", ["kill9", "stop"])
 async def test_no_confirmed_message_is_lost_when_the_broker_goes_down_under_load(
-    private_rabbitmq: RabbitMQ, private_amqp_url: str, end: Callable[[RabbitMQ], None]
+    private_rabbitmq: RabbitMQ, private_amqp_url: str, end: str
 ) -> None:
     async with opened(private_amqp_url) as bus:
         await bus.declare([PAYMENTS])
@@ -186,7 +186,7 @@ async def test_no_confirmed_message_is_lost_when_the_broker_goes_down_under_load
         await asyncio.to_thread(private_rabbitmq.flush)
         await ledger.confirms(200)
 
-        await asyncio.to_thread(end, private_rabbitmq)
+        await asyncio.to_thread(getattr(private_rabbitmq, end))
         [error] = await bus.publish([Outgoing(CHARGE, b"[-1]")])
         assert isinstance(error, PublishError)
         assert not bus.is_connected

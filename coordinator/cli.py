@@ -1,0 +1,251 @@
+"""The command line: `coordinator run shop:app` and its companions.
+
+Tables and progress for people go to standard output, `--json` for programs; errors are one plain line on
+standard error that says what to do.
+"""
+
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
+
+from coordinator import process, views
+from coordinator.charts import mermaid
+from coordinator.instance import Instance, Status
+from coordinator.loading import load_app
+from coordinator.node import Node, open_bus, open_schema
+from coordinator.publishing import publish_lines
+from coordinator.settings import load_settings
+from coordinator.store import Store
+from events.clock import SystemClock
+from events.database import open_database, sqlite_file
+from events.errors import ConfigurationError, CoordinatorError
+
+cli = typer.Typer(
+    help="Sagas over RabbitMQ and SQL. Servers come from COORDINATOR_BROKER_URL and COORDINATOR_DATABASE_URL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+sagas = typer.Typer(help="Look at sagas.", no_args_is_help=True)
+database = typer.Typer(help="The database schema.", no_args_is_help=True)
+cli.add_typer(sagas, name="sagas")
+cli.add_typer(database, name="db")
+
+AppReference = Annotated[str, typer.Argument(metavar="APP", help="the application as module:attribute")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+Reference = Annotated[str, typer.Argument(metavar="SAGA", help="the id or the business key of a saga")]
+
+out = Console()
+
+
+def main() -> None:
+    """Run the command line; errors of ours and of the servers are one line, and exit code 1."""
+    try:
+        cli()
+    except CoordinatorError as error:
+        _fail(str(error))
+    except SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or error)
+        if "no such table" in cause or "UndefinedTableError" in cause:
+            _fail("the database has no schema yet; run `coordinator db upgrade`, or start the application")
+        _fail(f"the database refuses: {cause}")
+    except OSError as error:
+        _fail(f"a server cannot be reached: {error}; check COORDINATOR_BROKER_URL and COORDINATOR_DATABASE_URL")
+
+
+def _fail(text: str) -> NoReturn:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201  # this is the command line
+    sys.exit(1)
+
+
+@cli.command()
+def run(
+    app: AppReference,
+    only: Annotated[
+        str | None, typer.Option(metavar="coordinator|handlers", help="run this part only in this process")
+    ] = None,
+    handler: Annotated[list[str] | None, typer.Option(help="of the handlers, run these only; may be repeated")] = None,
+) -> None:
+    """Run an application: its sagas, its handlers and the relay, until SIGTERM or Ctrl-C."""
+    if only not in (None, "coordinator", "handlers"):
+        raise ConfigurationError(f"--only takes coordinator or handlers, not {only!r}")
+    settings = load_settings()
+    process.log_to_stderr(settings.log_level, settings.log_format)
+    loaded = load_app(app)
+    handlers = False if only == "coordinator" else frozenset(handler) if handler else True
+
+    async def work() -> None:
+        async with Node(loaded, settings, coordinator=only != "handlers", handlers=handlers):
+            out.print(f"{loaded.name} is running; stop it with Ctrl-C", highlight=False)
+            await process.until_stopped()
+
+    service = f"{loaded.name}-{only}" if only else loaded.name
+    with process.traced(service):
+        process.run(work())
+
+
+@cli.command()
+def relay() -> None:
+    """Publish the outbox of a database, and nothing else, until SIGTERM or Ctrl-C."""
+    settings = load_settings()
+    process.log_to_stderr(settings.log_level, settings.log_format)
+
+    async def work() -> None:
+        async with open_schema(settings) as engine, open_bus(settings, engine):
+            out.print("the relay is running; stop it with Ctrl-C", highlight=False)
+            await process.until_stopped()
+
+    with process.traced("relay"):
+        process.run(work())
+
+
+@cli.command()
+def publish(
+    file: Annotated[Path, typer.Argument(help="CloudEvents, one JSON object a line; - for standard input")],
+    app: Annotated[
+        str | None, typer.Option(metavar="APP", help="check the events against this application before sending")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish the events of a file. Lines that are no events are named and left out; the exit code is then 1."""
+    settings = load_settings()
+    process.log_to_stderr("WARNING", settings.log_format)
+    loaded = load_app(app) if app else None
+    if str(file) != "-" and not file.is_file():
+        raise ConfigurationError(f"there is no file {file}")
+
+    async def work() -> bool:
+        async with open_schema(settings) as engine, open_bus(settings, engine) as (bus, _relay):
+            with sys.stdin.buffer if str(file) == "-" else file.open("rb") as lines:
+                return await publish_lines(lines, bus, loaded, settings.limits, out, as_json=as_json)
+
+    with process.traced("publish"):
+        good = process.run(work())
+    if not good:
+        sys.exit(1)
+
+
+@cli.command()
+def demo(
+    directory: Annotated[Path, typer.Option(help="where the demonstration keeps its files")] = Path(".demo"),
+    events: Annotated[Path | None, typer.Option(help="CloudEvents to process instead of the ones it brings")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Process a file of sign-ups and orders, some of which fail, with local stand-ins for all third parties."""
+    from coordinator.demo import run_demo  # noqa: PLC0415  # needs the extra `demo`
+
+    process.log_to_stderr("ERROR", "text")
+    with process.traced("demo"):
+        code = process.run(run_demo(directory=directory, events=events, console=out, as_json=as_json))
+    sys.exit(code)
+
+
+@sagas.command("list")
+def list_sagas(
+    saga: Annotated[str | None, typer.Option(help="of this saga only")] = None,
+    status: Annotated[Status | None, typer.Option(help="with this status only")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="how many, newest first")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List sagas, newest first, and count them by status."""
+
+    async def work(store: Store) -> None:
+        found = await store.list(saga=saga, status=status, limit=limit)
+        views.print_list(out, found, await store.count_by_status(), as_json=as_json)
+
+    _with_store(work)
+
+
+@sagas.command("show")
+def show_saga(reference: Reference, as_json: AsJson = False) -> None:
+    """Show a saga: where it stands, its steps, and its history."""
+
+    async def work(store: Store) -> None:
+        for instance in await _find(store, reference):
+            views.print_instance(out, instance, await store.history(instance.id), as_json=as_json)
+
+    _with_store(work)
+
+
+@sagas.command("chart")
+def chart_saga(
+    app: AppReference,
+    saga: Annotated[str | None, typer.Argument(help="the name of a saga; by default all of the application")] = None,
+    of: Annotated[
+        str | None, typer.Option(metavar="SAGA", help="colour the chart as this saga stands: its id or business key")
+    ] = None,
+) -> None:
+    """Print a saga as a Mermaid flowchart."""
+    definitions = {(each.definition.name, each.definition.version): each.definition for each in load_app(app).sagas}
+    if saga is not None and saga not in {name for name, _ in definitions}:
+        names = ", ".join(sorted({name for name, _ in definitions})) or "none"
+        raise ConfigurationError(f"{app} has no saga called {saga}; it has: {names}")
+
+    async def work(store: Store) -> None:
+        for instance in await _find(store, of or ""):
+            definition = definitions.get((instance.saga, instance.version))
+            if definition is None:
+                raise ConfigurationError(f"{app} has no saga {instance.saga} version {instance.version}")
+            if saga in (None, instance.saga):
+                out.file.write(mermaid(definition, instance))
+
+    if of is not None:
+        _with_store(work)
+        return
+    for definition in definitions.values():
+        if saga in (None, definition.name):
+            out.file.write(mermaid(definition))
+
+
+@database.command("upgrade")
+def upgrade_database() -> None:
+    """Bring the schema up to date. Safe to run from several machines at once."""
+    settings = load_settings()
+    process.log_to_stderr("WARNING", settings.log_format)
+
+    async def work() -> None:
+        async with open_schema(settings.model_copy(update={"migrate": True})):
+            pass
+
+    process.run(work())
+    current_database()
+
+
+@database.command("current")
+def current_database(as_json: AsJson = False) -> None:
+    """Say at which revision the schema is, and which one this version needs."""
+
+    async def work(store: Store) -> None:
+        await views.print_revision(out, store.engine, as_json=as_json)
+
+    _with_store(work)
+
+
+async def _find(store: Store, reference: str) -> list[Instance]:
+    found = await store.find(reference)
+    if not found:
+        raise ConfigurationError(f"there is no saga with the id or business key {reference!r}")
+    return found
+
+
+def _with_store(work: Callable[[Store], Coroutine[Any, Any, None]]) -> None:
+    """Let `work` look at the store; an SQLite file may be in use by another process meanwhile."""
+    url = load_settings().database_url.get_secret_value()
+    if (file := sqlite_file(url)) and not Path(file).exists():
+        raise ConfigurationError(
+            f"there is no database file {file} yet; start the application, or set COORDINATOR_DATABASE_URL"
+        )
+
+    async def looking() -> None:
+        engine = open_database(url, read_only=True)
+        try:
+            await work(Store(engine, SystemClock()))
+        finally:
+            await engine.dispose()
+
+    process.run(looking())

@@ -1,0 +1,102 @@
+"""What a process of ours sets up before it works: event loop, logging, tracing, signals."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from opentelemetry import trace
+from opentelemetry.instrumentation.aio_pika import AioPikaInstrumentor
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from pythonjsonlogger.json import JsonFormatter
+
+from events.errors import ConfigurationError
+
+T = TypeVar("T")
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` on uvloop where it is installed (the extra `fast`), else on asyncio's own loop."""
+    try:
+        import uvloop  # noqa: PLC0415  # optional
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def log_to_stderr(level: str, style: str) -> None:
+    """Send log records to standard error: as text, or as one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(_JSON) if style == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for noisy in ("aio_pika", "alembic", "httpx2", "httpcore2"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # what it reports as an error, we report in our words
+
+
+@contextmanager
+def traced(service: str) -> Iterator[None]:
+    """Export spans over OTLP for the length of the block if an endpoint is set in the environment.
+
+    The variables are OpenTelemetry's own: `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_PROTOCOL`
+    (`grpc`, the default, or `http/protobuf`), `OTEL_SERVICE_NAME` and so on.
+
+    Raises:
+        ConfigurationError: an endpoint is set and the extra `otlp` is not installed.
+    """
+    if not any(os.environ.get(name) for name in _ENDPOINTS):
+        yield
+        return
+    resource = Resource.create({} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: service})
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(_exporter()))
+    trace.set_tracer_provider(provider)
+    instrumentor = AioPikaInstrumentor()
+    instrumentor.instrument(tracer_provider=provider)
+    try:
+        yield
+    finally:
+        instrumentor.uninstrument()
+        provider.shutdown()
+
+
+def _exporter() -> SpanExporter:
+    protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    try:
+        if protocol == "http/protobuf":
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+
+            return OTLPSpanExporter()
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter as GrpcSpanExporter,
+        )
+
+        return GrpcSpanExporter()
+    except ImportError as error:
+        raise ConfigurationError(
+            "an OTLP endpoint is set, but the exporter is not installed: pip install 'saga-coordinator[otlp]'"
+        ) from error
+
+
+async def until_stopped() -> None:
+    """Return when the process is asked to stop: SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        await stopped.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,124 @@
+"""What the command line prints: tables for people, JSON for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from coordinator import schema
+from coordinator.instance import Instance, Status, StepState
+
+COLOURS = {
+    Status.RUNNING: "blue",
+    Status.COMPENSATING: "yellow",
+    Status.COMPLETED: "green",
+    Status.COMPENSATED: "magenta",
+    Status.NEEDS_ATTENTION: "red",
+}
+
+
+def print_list(
+    console: Console, found: Sequence[Instance], counts: Mapping[tuple[str, Status], int], *, as_json: bool
+) -> None:
+    """Print instances and how many there are of each kind."""
+    if as_json:
+        _print_json(console, {"sagas": [_document(each) for each in found], "counts": _counts(counts)})
+        return
+    id_column, status_column = Column("id", no_wrap=True, min_width=36), Column("status", no_wrap=True)
+    table = Table(id_column, "saga", Column("key", overflow="fold"), status_column, "reason")
+    for each in found:
+        table.add_row(
+            str(each.id),
+            f"{each.saga} v{each.version}",
+            plain(each.key),
+            _status(each.status),
+            plain(each.reason or ""),
+        )
+    console.print(table)
+    print_counts(console, counts)
+
+
+def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> None:
+    """Print a table of sagas by status."""
+    table = Table("saga", *(Column(_status(status), justify="right") for status in Status), Column("all", justify="right"))
+    for saga in sorted({saga for saga, _ in counts}):
+        numbers = [counts.get((saga, status), 0) for status in Status]
+        table.add_row(saga, *(str(number) if number else "" for number in numbers), str(sum(numbers)))
+    console.print(table)
+
+
+def print_instance(console: Console, instance: Instance, history: Sequence[Row[Any]], *, as_json: bool) -> None:
+    """Print where an instance stands, its steps and its history."""
+    if as_json:
+        rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
+        _print_json(console, {**_document(instance), "history": rows})
+        return
+    head = Table.grid(padding=(0, 2))
+    head.add_row("saga", f"{instance.saga} version {instance.version}")
+    head.add_row("id", str(instance.id))
+    head.add_row("key", plain(instance.key))
+    head.add_row("status", _status(instance.status))
+    head.add_row("reason", plain(instance.reason or ""))
+    head.add_row("due", str(instance.due_at or ""))
+    head.add_row("trace", instance.traceparent[3:35] if instance.traceparent else "")
+    head.add_row("state", plain(json.dumps(instance.state, ensure_ascii=False)))
+    console.print(head)
+    steps = Table("step", "status", "attempt", "undo attempt", "due")
+    for name, at in instance.steps.items():
+        steps.add_row(name, at.status.value, str(at.attempt), str(at.undo_attempt or ""), str(at.due_at or ""))
+    console.print(steps)
+    table = Table("rev", "at", "what", "step", "result", "status", "sent", "because of")
+    for row in history:
+        sent = ", ".join(each["type"] for each in row.sent)
+        step = f"{row.step} ({row.direction})" if row.direction else row.step or ""
+        table.add_row(
+            str(row.revision), f"{row.at:%H:%M:%S.%f}"[:-3], row.kind, step, row.result or "", row.status, sent,
+            plain(row.message_id or ""),
+        )
+    console.print(table)
+
+
+async def print_revision(console: Console, engine: AsyncEngine, *, as_json: bool) -> None:
+    """Print the revision of the schema and the one that is needed."""
+    current, needed = await schema.current(engine), schema.head()
+    if as_json:
+        _print_json(console, {"current": current, "needed": needed})
+    else:
+        console.print(f"schema {current or 'nothing'}, needed {needed}", highlight=False)
+
+
+def plain(text: str) -> Text:
+    """Return text from outside without control characters or markup: it must not steer the terminal."""
+    return Text("".join(character if character.isprintable() else "�" for character in text))
+
+
+def _status(status: Status) -> Text:
+    return Text(status.value, COLOURS[status])
+
+
+def _document(instance: Instance) -> dict[str, Any]:
+    document = {name: getattr(instance, name) for name in Instance.__slots__}
+    return {name: _plain_value(value) for name, value in document.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, StepState):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {name: _plain_value(each) for name, each in value.items()}
+    if isinstance(value, str | int | float | bool | list | None):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _counts(counts: Mapping[tuple[str, Status], int]) -> list[dict[str, Any]]:
+    return [{"saga": saga, "status": status.value, "count": number} for (saga, status), number in sorted(counts.items())]
+
+
+def _print_json(console: Console, document: Any) -> None:
+    console.file.write(json.dumps(document, ensure_ascii=True) + "\n")
