@@ -17,7 +17,7 @@ from coordinator.settings import Settings
 from coordinator.store import Store
 from events.bus import Bus
 from events.clock import Clock, SystemClock
-from events.database import open_database, sqlite_file, transaction
+from events.database import open_database, sqlite_file
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
 from events.ids import Ids, Random, TimeOrderedIds, system_random
@@ -168,12 +168,10 @@ async def open_schema(settings: Settings, tables: Sequence[MetaData] = ()) -> As
         lock.acquire()
     try:
         if settings.migrate:
-            await schema.upgrade(engine)
+            await schema.upgrade(engine, tables)
         else:
             await schema.check(engine)
-        for metadata in tables:
-            async with transaction(engine) as connection:
-                await connection.run_sync(metadata.create_all)
+            await schema.create_missing(engine, tables)
         yield engine
     finally:
         await engine.dispose()

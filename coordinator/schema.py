@@ -1,13 +1,15 @@
 """The database schema: Alembic migrations, run by us under a lock."""
 
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import Connection, MetaData, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator import tables as _coordinator_tables
 from events.database import transaction
@@ -15,7 +17,7 @@ from events.errors import ConfigurationError
 from events.tables import metadata
 from handlers import tables as _handler_tables
 
-__all__ = ["check", "current", "head", "metadata", "upgrade"]
+__all__ = ["check", "create_missing", "current", "head", "metadata", "upgrade"]
 
 _LOCK = 0x5A6AC00D  # any number that nobody else uses for pg_advisory_lock
 _parts = (_coordinator_tables, _handler_tables)  # importing them fills the metadata
@@ -39,12 +41,34 @@ async def current(engine: AsyncEngine) -> str | None:
         return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
 
 
-async def upgrade(engine: AsyncEngine) -> None:
-    """Bring the schema up to date in one transaction. Several processes may try at once; one does it."""
+async def upgrade(engine: AsyncEngine, tables: Iterable[MetaData] = ()) -> None:
+    """Bring the schema up to date in one transaction, and create what is missing of an application's `tables`.
+
+    Several processes may try at once; one does it, the others wait and find it done.
+    """
+    async with _locked(engine) as connection:
+        await connection.run_sync(lambda sync: command.upgrade(_config(sync), "head"))
+        await _create(connection, tables)
+
+
+async def create_missing(engine: AsyncEngine, tables: Iterable[MetaData]) -> None:
+    """Create what is missing of an application's own tables."""
+    async with _locked(engine) as connection:
+        await _create(connection, tables)
+
+
+async def _create(connection: AsyncConnection, tables: Iterable[MetaData]) -> None:
+    for each in tables:
+        await connection.run_sync(each.create_all)
+
+
+@asynccontextmanager
+async def _locked(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Begin a transaction that changes tables: "create if missing" of two processes would collide without a lock."""
     async with transaction(engine) as connection:
         if engine.dialect.name == "postgresql":
             await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-        await connection.run_sync(lambda sync: command.upgrade(_config(sync), "head"))
+        yield connection
 
 
 async def check(engine: AsyncEngine) -> None:

@@ -1,10 +1,12 @@
 """Ids that follow from other ids: pure, so that a decision taken twice names the same things twice."""
 
+import re
 from hashlib import blake2b
 from uuid import UUID
 
 _VERSION_8 = 0x8 << 76
 _VARIANT = 0x2 << 62
+_canonical = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _CLEAR_VERSION_AND_VARIANT = ~((0xF << 76) | (0x3 << 62))
 
 
@@ -27,12 +29,7 @@ def identify(source: str, name: str) -> UUID:
 
     CloudEvents promises only that source and id together are unique (specification 1.0.2, section 3.1.1).
     """
-    try:
-        key = UUID(name)
-    except ValueError:
-        pass
-    else:
-        if str(key) == name:
-            return key
+    if _canonical.fullmatch(name):
+        return UUID(name)
     digest = blake2b(source.encode() + b"\0" + name.encode(), digest_size=16).digest()
     return UUID(int=int.from_bytes(digest) & _CLEAR_VERSION_AND_VARIANT | _VERSION_8 | _VARIANT)

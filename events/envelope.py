@@ -1,6 +1,6 @@
 """The envelope: a message with everything that travels beside its data, as CloudEvents 1.0 names it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -57,11 +57,14 @@ class Envelope:
     tracestate: str | None = None
     saga: SagaLink | None = None
     reply_to: str | None = None
+    _key: UUID | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> UUID:
         """What duplicates of this message have in common."""
-        return identify(self.source, self.id)
+        if self._key is None:
+            self._key = identify(self.source, self.id)
+        return self._key
 
     def encode(self) -> bytes:
         """Return the CloudEvents JSON form of this envelope: one element of a batch."""

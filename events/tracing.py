@@ -4,7 +4,7 @@ All spans of this project come from here. Without an SDK set up they cost next t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ def context_of(traceparent: str | None, tracestate: str | None = None) -> Contex
 
 def traceparent_of(span: Span) -> str | None:
     """Return the W3C form of `span`, None when nothing is traced."""
+    if span is trace.INVALID_SPAN:
+        return None
     context = span.get_span_context()
     if not context.is_valid:
         return None
@@ -56,6 +58,8 @@ def current_traceparent() -> str | None:
 
 def tracestate_of(span: Span) -> str | None:
     """Return the vendor part of the trace context of `span`, None when there is none."""
+    if span is trace.INVALID_SPAN:
+        return None
     return span.get_span_context().trace_state.to_header() or None
 
 
@@ -69,7 +73,24 @@ def in_context(context: Context) -> Iterator[None]:
         detach(token)
 
 
-@contextmanager
+class _Off:
+    """The span of a process that traces nothing: two cheap calls instead of a generator and a tracer."""
+
+    def __enter__(self) -> Span:
+        return trace.INVALID_SPAN
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was begun."""
+
+
+_off = _Off()
+
+
+def is_on() -> bool:
+    """Say whether an OpenTelemetry SDK is set up in this process."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
 def span(
     name: str,
     *,
@@ -77,16 +98,17 @@ def span(
     kind: SpanKind = SpanKind.INTERNAL,
     links: Sequence[str] = (),
     attributes: Mapping[str, Any] | None = None,
-) -> Iterator[Span]:
+) -> AbstractContextManager[Span]:
     """Run the block in a span below `parent`; an exception is recorded and marks it as an error."""
-    with _tracer.start_as_current_span(
+    if not is_on():
+        return _off
+    return _tracer.start_as_current_span(
         name,
         context=parent,
         kind=kind,
         links=[Link(span_context(link)) for link in links],
         attributes=attributes,
-    ) as current:
-        yield current
+    )
 
 
 @dataclass(frozen=True, slots=True)

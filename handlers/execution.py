@@ -110,7 +110,7 @@ class Execution:
         """Read the message and call `once` until it returns or the attempts are used up."""
         parent, links = tracing.parent_and_links(envelope.traceparent, envelope.tracestate, item.transport)
         name = f"process {envelope.type}"
-        attributes = _attributes(self._handler.name, envelope)
+        attributes = _attributes(self._handler.name, envelope) if tracing.is_on() else None
         with tracing.span(name, parent=parent, kind=SpanKind.CONSUMER, links=links, attributes=attributes) as span:
             try:
                 message = self._registry.read(envelope)

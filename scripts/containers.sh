@@ -89,8 +89,12 @@ if ! available "$postgres"; then
   postgres=local/postgres:$version
 fi
 
-# testcontainers' cleaner is an image as well. A daemon of our own is cleaned anyway.
-if [ -n "$daemon" ]; then export TESTCONTAINERS_RYUK_DISABLED=true; fi
+if [ -n "$daemon" ]; then
+  # testcontainers' cleaner is an image as well, and a daemon of our own is cleaned anyway. Inside a container
+  # testcontainers would look for the daemon outside of it.
+  export TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1
+fi
 
 export TEST_SERVERS=containers TEST_RABBITMQ_IMAGE="$rabbitmq" TEST_POSTGRES_IMAGE="$postgres"
-scripts/dev.sh pytest tests/integration "$@"
+[ $# -gt 0 ] || set -- tests/integration
+scripts/dev.sh pytest "$@"

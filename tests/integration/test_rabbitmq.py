@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ pytestmark = pytest.mark.rabbitmq
 CHARGE = Address(Exchange.COMMANDS, "charge.card")
 PLACED = Address(Exchange.EVENTS, "order.placed")
 PAYMENTS = Queue("payments", (CHARGE,))
+ONE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TWO = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def new_bus(url: str, **options: Any) -> RabbitMQBus:
@@ -468,11 +470,20 @@ HOSTILE = (
 )
 
 
-def publish_hostile(url: str) -> None:
+HOSTILE_TRACES = (
+    pika.BasicProperties(headers={"traceparent": 5}),
+    pika.BasicProperties(headers={"traceparent": [5]}),
+    pika.BasicProperties(headers={"traceparent": b"\xff"}),
+    pika.BasicProperties(headers={"traceparent": ONE, "tracestate": 7}),
+    pika.BasicProperties(headers={"baggage": {"a": 1}}),
+)
+
+
+def publish_hostile(url: str, hostile: Sequence[pika.BasicProperties]) -> None:
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
         channel.confirm_delivery()
-        for number, properties in enumerate(HOSTILE):
+        for number, properties in enumerate(hostile):
             channel.basic_publish("saga.events", b"order.\xff", f"[{number}]".encode(), properties, mandatory=True)
 
 
@@ -480,7 +491,7 @@ async def test_hostile_properties_do_not_cost_the_connection(amqp_url: str, capl
     """aiormq drops the connection over each of these, again and again, and takes the neighbours along."""
     async with opened(amqp_url) as bus:
         await bus.declare([Queue("all", (Address(Exchange.EVENTS, "#"),))])
-        await asyncio.to_thread(publish_hostile, amqp_url)
+        await asyncio.to_thread(publish_hostile, amqp_url, HOSTILE)
         received = Received()
         with caplog.at_level(logging.WARNING):
             await bus.consume("all", received, prefetch=50)
@@ -562,10 +573,6 @@ def named(spans: InMemorySpanExporter, ending: str) -> ReadableSpan:
     return span
 
 
-ONE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-TWO = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-
-
 async def test_a_message_is_published_in_its_own_trace(amqp_url: str, spans: InMemorySpanExporter) -> None:
     async with opened(amqp_url) as bus:
         await bus.declare([PAYMENTS])
@@ -594,3 +601,15 @@ async def test_a_bundle_of_several_traces_is_published_in_a_trace_that_links_to_
         }
         assert sent.parent is not None
         assert sent.parent.span_id == bundle.context.span_id
+
+
+@pytest.mark.usefixtures("spans")
+async def test_hostile_trace_headers_do_not_cost_a_delivery(amqp_url: str) -> None:
+    """The instrumentation raises over them before our callback is called: they would stay unsettled for ever."""
+    async with opened(amqp_url) as bus:
+        await bus.declare([Queue("all", (Address(Exchange.EVENTS, "#"),))])
+        await asyncio.to_thread(publish_hostile, amqp_url, HOSTILE_TRACES)
+        received = Received()
+        await bus.consume("all", received, prefetch=1)
+        for _ in HOSTILE_TRACES:
+            await (await received.next()).ack()

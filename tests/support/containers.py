@@ -93,9 +93,9 @@ class _Container(Server):
         self.source = f"container {container.image}"
         # RabbitMQ finds its data by its host name. with_kwargs replaces what an earlier call set: one call for all.
         self._container = container.with_kwargs(ulimits=[OPEN_FILES], hostname=hostname)
-        self._ports = {port: free_port() for port in ports}
-        for inside, outside in self._ports.items():
-            container.with_bind_ports(inside, outside)
+        self._addresses = dict.fromkeys(ports, "")
+        for port in self._addresses:
+            container.with_bind_ports(port, free_port())
         self._created = False
         self._running = False
 
@@ -112,6 +112,7 @@ class _Container(Server):
             _prepare()
             self._created = True
             self._container.start()
+            self._addresses = {port: self._address(port) for port in self._addresses}
         self._running = True
         wait_until(self._ready, self.source)
 
@@ -137,7 +138,7 @@ class _Container(Server):
     def _address(self, port: int) -> str:
         host = self._container.get_container_host_ip()
         # By number: the name would be tried with IPv6 first, where Docker may not listen.
-        return f"{'127.0.0.1' if host == 'localhost' else host}:{self._ports[port]}"
+        return f"{'127.0.0.1' if host == 'localhost' else host}:{self._container.get_exposed_port(port)}"
 
 
 class ContainerRabbitMQ(_Container, RabbitMQ):
@@ -151,11 +152,11 @@ class ContainerRabbitMQ(_Container, RabbitMQ):
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@{self._address(5672)}/"
+        return f"amqp://guest:guest@{self._addresses[5672]}/"
 
     @property
     def management_url(self) -> str:
-        return f"http://{self._address(15672)}"
+        return f"http://{self._addresses[15672]}"
 
     def flush(self) -> None:
         result = self._container.exec(["rabbitmqctl", "eval", "[dets:sync(T) || T <- dets:all()]."])
@@ -177,7 +178,7 @@ class ContainerPostgres(_Container, Postgres):
 
     @property
     def url(self) -> str:
-        return f"postgresql+asyncpg://test:test@{self._address(5432)}/test"
+        return f"postgresql+asyncpg://test:test@{self._addresses[5432]}/test"
 
     def _ready(self) -> bool:
         return self.answers()

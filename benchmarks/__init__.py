@@ -1,0 +1,1 @@
+"""Measures what the design promises; see `python -m benchmarks --help`."""

@@ -1,0 +1,108 @@
+"""The application that is measured: a saga of three steps whose handlers do nothing but answer."""
+
+from uuid import UUID
+
+from coordinator import App, Saga, sequence, starts_on, step
+from events import Command, Event, Reply
+from handlers import handles
+
+
+class OrderPlaced(Event):
+    order_id: UUID
+    amount: int
+
+
+class ReserveStock(Command):
+    order_id: UUID
+
+
+class ReleaseStock(Command):
+    order_id: UUID
+
+
+class ChargeCard(Command):
+    order_id: UUID
+    amount: int
+
+
+class RefundCard(Command):
+    charge_id: str | None
+
+
+class CardCharged(Reply):
+    charge_id: str
+
+
+class ShipOrder(Command):
+    order_id: UUID
+
+
+@handles(ReserveStock, concurrency=256)
+async def reserve_stock(command: ReserveStock) -> None:
+    """Answer at once."""
+
+
+@handles(ReleaseStock, concurrency=256)
+async def release_stock(command: ReleaseStock) -> None:
+    """Answer at once."""
+
+
+@handles(ChargeCard, concurrency=256)
+async def charge_card(command: ChargeCard) -> CardCharged:
+    """Answer at once."""
+    return CardCharged(charge_id=f"charge-{command.order_id}")
+
+
+@handles(RefundCard, concurrency=256)
+async def refund_card(command: RefundCard) -> None:
+    """Answer at once."""
+
+
+@handles(ShipOrder, concurrency=256)
+async def ship_order(command: ShipOrder) -> None:
+    """Answer at once."""
+
+
+class ThreeSteps(Saga):
+    """The saga that every number is about: start, three commands, three replies."""
+
+    order_id: UUID
+    amount: int
+    charge_id: str | None = None
+
+    @starts_on(OrderPlaced)
+    def placed(cls, event: OrderPlaced) -> "ThreeSteps":  # noqa: N805  # a class method by its decorator
+        return cls(order_id=event.order_id, amount=event.amount)
+
+    @step
+    def reserve(self) -> ReserveStock:
+        return ReserveStock(order_id=self.order_id)
+
+    @reserve.compensation
+    def release(self) -> ReleaseStock:
+        return ReleaseStock(order_id=self.order_id)
+
+    @step
+    def charge(self) -> ChargeCard:
+        return ChargeCard(order_id=self.order_id, amount=self.amount)
+
+    @charge.succeeded
+    def charged(self, outcome: CardCharged) -> None:
+        self.charge_id = outcome.charge_id
+
+    @charge.compensation
+    def refund(self) -> RefundCard:
+        return RefundCard(charge_id=self.charge_id)
+
+    @step
+    def ship(self) -> ShipOrder:
+        return ShipOrder(order_id=self.order_id)
+
+    flow = sequence(reserve, charge, ship)
+
+
+app = App(
+    "benchmark",
+    sagas=[ThreeSteps],
+    handlers=[reserve_stock, release_stock, charge_card, refund_card, ship_order],
+)

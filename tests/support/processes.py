@@ -1,0 +1,54 @@
+"""Processes of this project, as an operator starts them, and killed as the kernel kills them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'coordinator'; from coordinator.cli import main; main()"]
+
+
+class Process:
+    """A `coordinator ...` process; ended with the `with` block."""
+
+    def __init__(self, log: Path, *arguments: str, environment: Mapping[str, str]) -> None:
+        self._log = log
+        self._arguments = arguments
+        self._environment = {**os.environ, **environment}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*COMMAND, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
+            )
+        return self
+
+    def kill9(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def restart_after_kill9(self) -> None:
+        self.kill9()
+        self.start()
+
+    def terminate(self, seconds: float = 30) -> int:
+        """Ask it to stop; return its exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(seconds)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill9()
