@@ -8,6 +8,7 @@ from rich.console import Console
 
 from coordinator.app import App
 from coordinator.engine import coordinator_queues
+from events import tracing
 from events.bus import Address, Bus, Exchange, Outgoing, Queue
 from events.codec import STRUCTURED_TYPE, Limits, Readable, bundle_body, read_body
 from events.envelope import Envelope
@@ -74,6 +75,9 @@ def _prepare(line: bytes, registry: Registry | None, limits: Limits) -> Outgoing
     if not isinstance(part, Readable):
         raise part.error
     envelope = part.envelope
+    if envelope.traceparent is None:  # the trace of whatever follows begins here
+        with tracing.created(envelope.type) as context:
+            envelope.traceparent, envelope.tracestate = context.traceparent, context.tracestate
     outbound = Outbound(envelope, _address(envelope, registry))
     body = bundle_body([outbound.encode(limits)])
     return Outgoing(outbound.address, body, traceparent=envelope.traceparent, tracestate=envelope.tracestate)

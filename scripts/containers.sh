@@ -16,6 +16,8 @@ finish() {
   if [ -n "$daemon" ]; then
     kill "$daemon" 2>/dev/null || true # it ends its containers, too
     wait "$daemon" || true
+    # It may leave its folder mounted on itself.
+    awk -v below="$work/" 'index($2, below) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r umount
   fi
   rm -rf "$work"
   exit "$status"

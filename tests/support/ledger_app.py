@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from coordinator import App, Saga, compensated, completed, sequence, starts_on, step
 from events import Command, Event, Reply
 from events.database import open_database
-from handlers import Context, Declined, handles
+from handlers import Context, Declined, Retry, handles
 
 tables = MetaData()
 
@@ -121,13 +121,16 @@ async def release(command: Release, session: AsyncSession) -> None:
     await _enter(session, command.order_id, "release")
 
 
-@handles(Charge)
+PATIENT = Retry(attempts=60, first=0.2, most=1.0)  # the third party is in the database that the tests restart
+
+
+@handles(Charge, retry=PATIENT, timeout=5)
 async def charge(command: Charge, ledger: Ledger, context: Context) -> Charged:
     await ledger.enter(context.idempotency_key, command.order_id, "charge")
     return Charged(charge=context.idempotency_key)
 
 
-@handles(Refund)
+@handles(Refund, retry=PATIENT, timeout=5)
 async def refund(command: Refund, ledger: Ledger, context: Context) -> None:
     await ledger.enter(context.idempotency_key, command.order_id, "refund")
 

@@ -52,3 +52,17 @@ class Process:
     def __exit__(self, *_: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill9()
+
+
+def run(*arguments: str, environment: Mapping[str, str]) -> str:
+    """Run a command to its end and return what it printed; a failure is an error that shows what it said."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
