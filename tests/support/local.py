@@ -5,13 +5,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from tests.support.base import MissingServerError, Postgres, RabbitMQ, free_port, wait_until
+from tests.support.guardian import guardian, kill_tree
 
 # The program itself, before the wrapper that packages put on the PATH: that one changes the user and the log's place.
 RABBITMQ_PLACES = (
@@ -66,6 +64,7 @@ class Program:
                 group=user,
                 extra_groups=None if user is None else [],
             )
+        guardian().watch(self.pid, folder)
 
     @property
     def pid(self) -> int:
@@ -89,29 +88,14 @@ class Program:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill9()
+        else:
+            guardian().forget(self.pid)
 
     def kill9(self) -> None:
-        """Kills the program and all that it has started.
-
-        Not the process group: both servers give their children sessions of their own.
-        """
-        family: list[psutil.Process] = []
-        with suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self.pid)
-            family = [top, *top.children(recursive=True)]
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
+        """Kills the program and all that it has started."""
+        kill_tree(self.pid)
         self._process.wait()
-        end = time.monotonic() + 10
-        while any(_alive(member) for member in family) and time.monotonic() < end:
-            time.sleep(0.01)
-
-
-def _alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+        guardian().forget(self.pid)
 
 
 class LocalRabbitMQ(RabbitMQ):
