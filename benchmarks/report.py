@@ -49,11 +49,18 @@ class Latency:
     times_floor: float
 
 
+def describe_machine() -> str:
+    """Return what the numbers were measured on."""
+    return f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
 @dataclass
 class Report:
     """All numbers of a run."""
 
-    machine: str = field(default_factory=lambda: f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    machine: str = field(
+        default_factory=lambda: f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     throughput: list[Throughput] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
 
@@ -68,7 +75,9 @@ class Report:
             total = sum(each.cpu_ms_per_saga.values())
             table.add_row(each.setup, f"{each.sagas:,}", f"{each.sagas_per_second:,.0f}", f"{cpu}; all {total:.2f} ms")
         console.print(table)
-        table = Table("a lone saga", "p50", "p99", "bare delivery", "bare commit", "floor", "p50 / floor", title="latency")
+        table = Table(
+            "a lone saga", "p50", "p99", "bare delivery", "bare commit", "floor", "p50 / floor", title="latency"
+        )
         for one in self.latency:
             delivery = f"{one.delivery.p50:.2f} ms" if one.delivery else "-"
             table.add_row(

@@ -35,7 +35,7 @@ _ids = TimeOrderedIds()
 
 
 def settings(broker_url: str, database_url: str) -> Settings:
-    return Settings(broker_url=broker_url, database_url=database_url, log_level="WARNING")  # type: ignore[arg-type]  # pydantic makes secrets of strings
+    return Settings(broker_url=broker_url, database_url=database_url, log_level="WARNING")
 
 
 async def throughput_embedded(folder: Path, sagas: int) -> Throughput:
@@ -129,7 +129,7 @@ async def _told(bus: Bus) -> AsyncIterator[asyncio.Queue[None]]:
 
     def deliver(delivery: Delivery) -> None:
         told.put_nowait(None)
-        task = asyncio.get_running_loop().create_task(delivery.ack())  # type: ignore[arg-type]  # a coroutine in both buses
+        task = asyncio.get_running_loop().create_task(delivery.ack())
         acknowledging.add(task)
         task.add_done_callback(acknowledging.discard)
 

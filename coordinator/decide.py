@@ -175,9 +175,7 @@ class _Draft:
             {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}
             for r in self.requests
         ] + [{"id": str(a.id), "type": a.event.message_type} for a in self.announcements]
-        entry = HistoryEntry(
-            kind, self.now, self.status, reason=self.reason, change=change, sent=tuple(sent), **about
-        )
+        entry = HistoryEntry(kind, self.now, self.status, reason=self.reason, change=change, sent=tuple(sent), **about)
         return Decision(instance, tuple(self.requests), tuple(self.announcements), entry)
 
 
@@ -366,8 +364,9 @@ def _send(draft: _Draft, step: Step, direction: Direction, attempt: int, sends: 
 
 def _end(draft: _Draft) -> None:
     """All steps are done, or all that can be undone is: say so."""
+    arguments: tuple[str, ...] = ()
     if draft.status is Status.RUNNING:
-        draft.status, ending, arguments = Status.COMPLETED, draft.definition.on_completed, ()
+        draft.status, ending = Status.COMPLETED, draft.definition.on_completed
     elif any(at.status is StepStatus.UNDO_FAILED for at in draft.steps.values()):
         draft.status = Status.NEEDS_ATTENTION
         return

@@ -15,7 +15,7 @@ from events.message import Command, Event, Message
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_UNDO_RESENDS = 5
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+HookT = TypeVar("HookT", bound="Hook")
 _name_pattern = re.compile(r"[a-z][a-z0-9_]{0,99}")
 _words = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+")
 
@@ -63,7 +63,8 @@ class Start(Hook):
     """A method that makes a saga of a start event."""
 
     def __init__(self, function: Callable[..., Any], event: type[Event], key: str | None) -> None:
-        super().__init__(function)
+        # It may be marked as a class method, too, which says to type checkers what it is.
+        super().__init__(function.__func__ if isinstance(function, classmethod) else function)
         self.event = event
         self.key = key
 
@@ -82,23 +83,32 @@ class Step(Hook):
         self.on_succeeded: OutcomeHook | None = None
         self.on_declined: OutcomeHook | None = None
 
-    def succeeded(self, function: Callable[..., Any]) -> Any:
+    def succeeded(self, function: Callable[..., Any]) -> OutcomeHook:
         """Declare the method that takes a success into the state: `def charged(self, outcome: PaymentCaptured)`."""
-        self.on_succeeded = self._once(self.on_succeeded, OutcomeHook(function))
-        return self.on_succeeded
+        hook = OutcomeHook(function)
+        self.on_succeeded = self._once(self.on_succeeded, hook)
+        return hook
 
-    def declined(self, function: Callable[..., Any]) -> Any:
+    def declined(self, function: Callable[..., Any]) -> OutcomeHook:
         """Declare the method that takes a business no into the state: `def refused(self, outcome: PaymentFailed)`."""
-        self.on_declined = self._once(self.on_declined, OutcomeHook(function))
-        return self.on_declined
+        hook = OutcomeHook(function)
+        self.on_declined = self._once(self.on_declined, hook)
+        return hook
 
+    @overload
+    def compensation(self, function: Callable[..., Any], /) -> Hook: ...
+    @overload
+    def compensation(
+        self, /, *, timeout: float | None = ..., resends: int = ...
+    ) -> Callable[[Callable[..., Any]], Hook]: ...
     def compensation(
         self,
         function: Callable[..., Any] | None = None,
+        /,
         *,
         timeout: float | None = None,
         resends: int = DEFAULT_UNDO_RESENDS,
-    ) -> Any:
+    ) -> Hook | Callable[[Callable[..., Any]], Hook]:
         """Declare the method that returns the command which undoes this step.
 
         It is sent when the step has succeeded or when nobody knows whether it has, so its handler must do
@@ -110,14 +120,15 @@ class Step(Hook):
             resends: how often it is sent again before it counts as failed.
         """
 
-        def decorate(function: Callable[..., Any]) -> Any:
-            self.undo = self._once(self.undo, Hook(function))
+        def decorate(function: Callable[..., Any]) -> Hook:
+            hook = Hook(function)
+            self.undo = self._once(self.undo, hook)
             self.undo_deadline = Deadline(timeout or self.deadline.timeout, resends)
-            return self.undo
+            return hook
 
         return decorate if function is None else decorate(function)
 
-    def _once(self, known: Any, hook: Any) -> Any:
+    def _once(self, known: Hook | None, hook: HookT) -> HookT:
         if known is not None:
             raise DefinitionError(f"step {self.name}: {known.name} and {hook.name} have the same role")
         return hook
@@ -130,7 +141,7 @@ class Sequence:
     steps: tuple[Step, ...]
 
 
-def sequence(*steps: Any) -> Any:
+def sequence(*steps: Step) -> Sequence:
     """Take `steps` one after the other; undo them in reverse."""
     for part in steps:
         if not isinstance(part, Step):
@@ -138,8 +149,8 @@ def sequence(*steps: Any) -> Any:
     return Sequence(steps)
 
 
-def starts_on(event: type[Event], *, key: str | None = None) -> Callable[[Function], Any]:
-    """Declare the class method that makes a new saga of `event`.
+def starts_on(event: type[Event], *, key: str | None = None) -> Callable[[Callable[..., Any]], Start]:
+    """Declare the class method that makes a new saga of `event`; writing @classmethod below it is optional.
 
     Args:
         event: the start event.
@@ -150,12 +161,12 @@ def starts_on(event: type[Event], *, key: str | None = None) -> Callable[[Functi
 
 
 @overload
-def step(function: Function, /) -> Any: ...
+def step(function: Callable[..., Any], /) -> Step: ...
 @overload
-def step(*, timeout: float = ..., resends: int = ...) -> Callable[[Function], Any]: ...
+def step(*, timeout: float = ..., resends: int = ...) -> Callable[[Callable[..., Any]], Step]: ...
 def step(
     function: Callable[..., Any] | None = None, /, *, timeout: float = DEFAULT_TIMEOUT, resends: int = 0
-) -> Any:
+) -> Step | Callable[[Callable[..., Any]], Step]:
     """Declare a step: a method that returns the command to send.
 
     Args:
@@ -178,12 +189,12 @@ class Ending(Hook):
         self.compensated = compensated
 
 
-def completed(function: Callable[..., Any]) -> Any:
+def completed(function: Callable[..., Any]) -> Ending:
     """Declare the method that returns the event to publish (or None) when all steps have succeeded."""
     return Ending(function, compensated=False)
 
 
-def compensated(function: Callable[..., Any]) -> Any:
+def compensated(function: Callable[..., Any]) -> Ending:
     """Declare the method that returns the event to publish (or None) when all is undone; it is given the reason."""
     return Ending(function, compensated=True)
 
@@ -267,7 +278,9 @@ def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:
         _require(False, cls, f"{', '.join(unused)} is not in its flow")
     _require(len(on_completed) <= 1 and len(on_compensated) <= 1, cls, "it has two endings of the same kind")
     for start in starts:
-        _require(start.key is None or start.key in cls.model_fields, cls, f"the key {start.key!r} is none of its fields")
+        _require(
+            start.key is None or start.key in cls.model_fields, cls, f"the key {start.key!r} is none of its fields"
+        )
     if len({start.event.message_type for start in starts}) != len(starts):
         _require(False, cls, "two starts have the same event")
     for each in flow.steps:

@@ -9,7 +9,18 @@ from uuid import UUID
 from opentelemetry.trace import SpanKind
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.decide import Announcement, Decision, Elapsed, Input, Replied, Request, Started, decide, describe, give_up
+from coordinator.decide import (
+    Announcement,
+    Decision,
+    Elapsed,
+    Input,
+    Replied,
+    Request,
+    Started,
+    decide,
+    describe,
+    give_up,
+)
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance, Status
 from coordinator.store import HistoryRow, StaleRevisionError, Store
@@ -131,7 +142,7 @@ class Engine:
         while True:
             try:
                 after_commit = await self._apply(items)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop the others
                 if is_transient(error) or isinstance(error, StaleRevisionError):
                     logger.warning("a batch is tried again: %s", error, extra={"action": "engine.batch_retried"})
                     await self._clock.sleep(_DATABASE_PAUSE)
@@ -151,7 +162,9 @@ class Engine:
     async def _apply(self, items: Sequence[Item]) -> AfterCommit:
         async with transaction(self._engine) as connection:
             work = _Work()
-            replies = [item for item in items if isinstance(item.part, Readable) and item.part.envelope.saga is not None]
+            replies = [
+                item for item in items if isinstance(item.part, Readable) and item.part.envelope.saga is not None
+            ]
             if replies:
                 ids = {item.part.envelope.saga.saga_id for item in replies}  # type: ignore[union-attr]  # filtered above
                 work.loaded = await self._store.load(connection, list(ids))
@@ -224,7 +237,9 @@ class Engine:
     def _definition_of(self, instance: Instance) -> SagaDefinition:
         definition = self._definitions.get((instance.saga, instance.version))
         if definition is None:
-            raise UnknownSagaError(f"the saga {instance.saga} version {instance.version} is not part of this application")
+            raise UnknownSagaError(
+                f"the saga {instance.saga} version {instance.version} is not part of this application"
+            )
         return definition
 
     def _outcome(self, definition: SagaDefinition, saga: SagaLink, envelope: Envelope) -> Message | None:

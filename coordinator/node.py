@@ -202,7 +202,7 @@ async def open_bus(
         bus = EmbeddedBus(engine, clock=clock, limits=settings.limits)
     else:
         raise ConfigurationError(
-            "the embedded bus lives in an SQLite file; to use PostgreSQL set COORDINATOR_BROKER_URL to a RabbitMQ server"
+            "the embedded bus lives in an SQLite file; with PostgreSQL set COORDINATOR_BROKER_URL to a RabbitMQ server"
         )
     relay = Relay(engine, bus, clock=clock, ids=ids, random=random, limits=settings.limits)
     await bus.open()

@@ -1,7 +1,6 @@
 """Where instances and their history are kept: the same statements on PostgreSQL and SQLite, a batch at a time."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -174,8 +173,8 @@ class Store:
     async def count_by_status(self) -> dict[tuple[str, Status], int]:
         """Return how many instances there are of each saga in each status."""
         columns = (saga_instance.c.saga, saga_instance.c.status)
-        rows = await self._read(select(*columns, func.count()).group_by(*columns))
-        return {(saga, Status(status)): number for saga, status, number in rows}
+        rows = await self._read(select(*columns, func.count().label("number")).group_by(*columns))
+        return {(row.saga, Status(row.status)): row.number for row in rows}
 
     async def count_in_flight(self) -> int:
         """Return how many instances are running or compensating; cheap whatever the number of finished ones."""
@@ -184,7 +183,8 @@ class Store:
 
     async def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
         async with self._reader.connect() as connection:
-            return (await connection.execute(query)).all()
+            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+        return rows
 
 
 def _select() -> Select[Any]:

@@ -45,7 +45,9 @@ def print_list(
 
 def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> None:
     """Print a table of sagas by status."""
-    table = Table("saga", *(Column(_status(status), justify="right") for status in Status), Column("all", justify="right"))
+    table = Table(
+        "saga", *(Column(_status(status), justify="right") for status in Status), Column("all", justify="right")
+    )
     for saga in sorted({saga for saga, _ in counts}):
         numbers = [counts.get((saga, status), 0) for status in Status]
         table.add_row(saga, *(str(number) if number else "" for number in numbers), str(sum(numbers)))
@@ -77,7 +79,13 @@ def print_instance(console: Console, instance: Instance, history: Sequence[Row[A
         sent = ", ".join(each["type"] for each in row.sent)
         step = f"{row.step} ({row.direction})" if row.direction else row.step or ""
         table.add_row(
-            str(row.revision), f"{row.at:%H:%M:%S.%f}"[:-3], row.kind, step, row.result or "", row.status, sent,
+            str(row.revision),
+            f"{row.at:%H:%M:%S.%f}"[:-3],
+            row.kind,
+            step,
+            row.result or "",
+            row.status,
+            sent,
             plain(row.message_id or ""),
         )
     console.print(table)
@@ -117,7 +125,9 @@ def _plain_value(value: Any) -> Any:
 
 
 def _counts(counts: Mapping[tuple[str, Status], int]) -> list[dict[str, Any]]:
-    return [{"saga": saga, "status": status.value, "count": number} for (saga, status), number in sorted(counts.items())]
+    return [
+        {"saga": saga, "status": status.value, "count": number} for (saga, status), number in sorted(counts.items())
+    ]
 
 
 def _print_json(console: Console, document: Any) -> None:

@@ -137,7 +137,7 @@ def _finite(digits: str) -> float:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
-_scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once
+_scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once  # type: ignore[attr-defined]  # what raw_decode itself calls
 
 
 def _parse(text: str, position: int) -> tuple[Any, int]:
@@ -207,7 +207,9 @@ def _binary_attributes(headers: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in headers.items():
         for prefix in _BINARY_PREFIXES:
             if name.startswith(prefix):
-                attributes[name[len(prefix) :].lower()] = value.decode(errors="replace") if isinstance(value, bytes) else value
+                attributes[name[len(prefix) :].lower()] = (
+                    value.decode(errors="replace") if isinstance(value, bytes) else value
+                )
     return attributes
 
 

@@ -85,7 +85,7 @@ def is_transient(error: BaseException) -> bool:
             return True
         state = getattr(error.orig, "sqlstate", None)
         if state is not None:
-            return state in _RETRYABLE_STATES or state.startswith("53") or state.startswith("08")
+            return state in _RETRYABLE_STATES or state.startswith(("53", "08"))
         return isinstance(error, OperationalError)
     return isinstance(error, OSError | TimeoutError)
 
@@ -144,7 +144,7 @@ class Bulk:
         tail = f"ON CONFLICT ({conflict}) DO NOTHING RETURNING {self._names[0]}"
         result = self._columns[0].type._cached_result_processor(dialect, None)  # noqa: SLF001
         if dialect.name == "postgresql":
-            sql = f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect)} {tail}"  # noqa: S608
+            sql = f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect)} {tail}"
             found = await connection.exec_driver_sql(sql, self._arrays(rows, dialect))
             values = [row[0] for row in found]
         else:
@@ -223,7 +223,7 @@ class Bulk:
         if statement is None:
             names = ", ".join(self._names)
             if dialect.name == "postgresql":
-                statement = f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect)}"  # noqa: S608
+                statement = f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect)}"
             else:
                 marks = ", ".join("?" * len(self._names))
                 statement = f"INSERT INTO {self._table.name} ({names}) VALUES ({marks})"  # noqa: S608

@@ -7,10 +7,10 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from events.codec import Readable
 from events.database import Bulk
 from events.ids import Ids
 from events.intake import Item
-from events.codec import Readable
 from events.tables import dead_letter
 
 _MAX_DETAIL = 8000

@@ -38,12 +38,13 @@ class Outbound:
             TooLargeError: no receiver would take it.
         """
         if self._encoded is None:
-            self._encoded = self.envelope.encode()
-            if len(self._encoded) + 2 > limits.body:  # the brackets of the batch around it
+            encoded = self.envelope.encode()
+            if len(encoded) + 2 > limits.body:  # the brackets of the batch around it
                 raise TooLargeError(
-                    f"{self.envelope.type} {self.envelope.id} has {len(self._encoded)} bytes, the limit is"
+                    f"{self.envelope.type} {self.envelope.id} has {len(encoded)} bytes, the limit is"
                     f" {limits.body - 2}; send a reference to the data instead"
                 )
+            self._encoded = encoded
         return self._encoded
 
 
@@ -56,8 +57,9 @@ class Outbox(Protocol):
     async def write(
         self, connection: AsyncConnection, messages: Sequence[Outbound], settling: Sequence[Delivery] = ()
     ) -> AfterCommit:
-        """Store `messages` in the open transaction of `connection`; the caller calls what is returned once it is
-        committed, and never if it is not.
+        """Store `messages` in the open transaction of `connection`.
+
+        The caller calls what is returned once the transaction is committed, and never if it is not.
 
         `settling` are the deliveries whose work this transaction completes. A bus that lives in the same database
         removes them in the same commit; the caller acknowledges them afterwards in any case.

@@ -1,6 +1,6 @@
 """Which message classes this process knows, by type and version."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pydantic import ValidationError
 
@@ -32,7 +32,7 @@ class Registry:
                 f" {cls.message_type!r}; give one of them another with `type=`"
             )
 
-    def __iter__(self) -> Iterable[type[Message]]:
+    def __iter__(self) -> Iterator[type[Message]]:
         return iter(self._classes.values())
 
     def read(self, envelope: Envelope) -> Message:
@@ -63,6 +63,7 @@ class Registry:
 def _explain(error: ValidationError) -> str:
     """Name the fields that do not fit, without their values: they may be secret."""
     lines = (
-        f"{'.'.join(map(str, e['loc'])) or 'data'}: {e['msg']}" for e in error.errors(include_url=False, include_input=False)
+        f"{'.'.join(map(str, e['loc'])) or 'data'}: {e['msg']}"
+        for e in error.errors(include_url=False, include_input=False)
     )
     return f"{error.title}: {'; '.join(lines)}"[:_MAX_DETAIL]

@@ -9,14 +9,13 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import TextualSelect, bindparam, event, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
 from sqlalchemy.orm import Session
 
 from events.bus import Address, Bus, Delivery, Exchange, Outgoing
@@ -189,7 +188,10 @@ class Relay:
     # Outbox
 
     async def write(
-        self, connection: AsyncConnection, messages: Sequence[Outbound], settling: Sequence[Delivery] = ()
+        self,
+        connection: AsyncConnection,
+        messages: Sequence[Outbound],
+        settling: Sequence[Delivery] = (),  # noqa: ARG002  # the bus is elsewhere: its deliveries are only acknowledged
     ) -> AfterCommit:
         """Insert `messages`, leased to this process. See `Outbox.write`."""
         if not messages:
@@ -307,8 +309,15 @@ class Relay:
                 found = await connection.execute(_CLAIM_SQLITE, self._claim_parameters())
             rows = found.all()
         return [
-            Entry(row.id, Address(Exchange(row.exchange), row.routing_key), row.bundle, row.body, row.traceparent,
-                  row.tracestate, row.attempts)
+            Entry(
+                row.id,
+                Address(Exchange(row.exchange), row.routing_key),
+                row.bundle,
+                row.body,
+                row.traceparent,
+                row.tracestate,
+                row.attempts,
+            )
             for row in sorted(rows, key=lambda row: row.id.int)
         ]
 
@@ -321,15 +330,23 @@ class Relay:
         return timedelta(seconds=self._options.lease)
 
 
-async def insert_entries(connection: AsyncConnection, entries: Sequence[Entry], *, due_at: Any) -> None:
+async def insert_entries(connection: AsyncConnection, entries: Sequence[Entry], *, due_at: datetime) -> None:
     """Write `entries` to the outbox; nobody else publishes them before `due_at`."""
-    await _insert.insert(
-        connection,
-        [
-            (e.id, e.address.exchange.value, e.address.key, e.bundle, e.body, e.traceparent, e.tracestate, e.attempts, due_at)
-            for e in entries
-        ],
-    )
+    rows = [
+        (
+            entry.id,
+            entry.address.exchange.value,
+            entry.address.key,
+            entry.bundle,
+            entry.body,
+            entry.traceparent,
+            entry.tracestate,
+            entry.attempts,
+            due_at,
+        )
+        for entry in entries
+    ]
+    await _insert.insert(connection, rows)
 
 
 def _nothing() -> None:

@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection
@@ -22,7 +22,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from events.errors import DatabaseInUseError
-
 
 READ_ONLY = "saga_coordinator_read_only"  # an execution option: what follows only reads
 
@@ -33,7 +32,7 @@ class _Cursor:
     def __init__(self, cursor: sqlite3.Cursor) -> None:
         self._cursor = cursor
 
-    async def __aenter__(self) -> "_Cursor":
+    async def __aenter__(self) -> Self:
         return self
 
     @property
@@ -48,11 +47,11 @@ class _Cursor:
     def lastrowid(self) -> int | None:
         return self._cursor.lastrowid
 
-    async def execute(self, operation: str, parameters: Sequence[Any] = ()) -> "_Cursor":
+    async def execute(self, operation: str, parameters: Sequence[Any] = ()) -> Self:
         self._cursor.execute(operation, parameters)
         return self
 
-    async def executemany(self, operation: str, parameters: Sequence[Sequence[Any]]) -> "_Cursor":
+    async def executemany(self, operation: str, parameters: Sequence[Sequence[Any]]) -> Self:
         self._cursor.executemany(operation, parameters)
         return self
 
@@ -112,9 +111,7 @@ def create_sqlite_engine(url: URL, *, read_only: bool = False, **options: Any) -
     async def connect(*_: Any, **__: Any) -> _Connection:
         # isolation_level=None: no implicit BEGIN; ours is IMMEDIATE. cached_statements: all of ours fit.
         return _Connection(
-            sqlite3.connect(
-                name, isolation_level=None, check_same_thread=False, cached_statements=512, uri=read_only
-            )
+            sqlite3.connect(name, isolation_level=None, check_same_thread=False, cached_statements=512, uri=read_only)
         )
 
     engine = create_async_engine(

@@ -51,9 +51,9 @@ class Timestamp(TypeDecorator[datetime]):
             return value
         return (value - _EPOCH) // _MICROSECOND
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        if value is None or dialect.name == "postgresql":
-            return value  # type: ignore[no-any-return]  # the driver's own datetime
+    def process_result_value(self, value: datetime | int | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None or isinstance(value, datetime):
+            return value
         return _EPOCH + value * _MICROSECOND
 
 

@@ -91,7 +91,9 @@ def handles(
     """
 
     def decorate(function: HandlerFunction) -> Handler:
-        return _define(function, message, name or getattr(function, "__name__", ""), retry or Retry(), timeout, concurrency)
+        return _define(
+            function, message, name or str(getattr(function, "__name__", "")), retry or Retry(), timeout, concurrency
+        )
 
     return decorate
 

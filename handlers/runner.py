@@ -9,7 +9,7 @@ transaction with whatever else has finished by then.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 from uuid import UUID
 
@@ -67,9 +67,7 @@ class HandlerRunner:
         limits: Limits,
     ) -> None:
         self._handler = handler
-        self._execution = Execution(
-            handler, registry, source=source, container=container, clock=clock, random=random
-        )
+        self._execution = Execution(handler, registry, source=source, container=container, clock=clock, random=random)
         self._engine = engine
         self._bus = bus
         self._outbox = outbox
@@ -140,13 +138,13 @@ class HandlerRunner:
             finally:  # an error or the end: what was not begun is not forgotten
                 self._intake.put_back(items[started:])
 
-    async def _find_recorded(self, items: Sequence[Item]) -> dict[UUID, Recorded]:
+    async def _find_recorded(self, items: Sequence[Item]) -> Mapping[UUID, Recorded]:
         keys = [item.part.envelope.key for item in items if isinstance(item.part, Readable)]
         if not keys:
             return {}
         return await self._until_database_answers(lambda: self._inbox.find(keys))
 
-    async def _begin(self, item: Item, recorded: dict[UUID, Recorded]) -> None:
+    async def _begin(self, item: Item, recorded: Mapping[UUID, Recorded]) -> None:
         part = item.part
         if not isinstance(part, Readable):
             self._finish(self._execution.reject(item, part.error))
@@ -211,7 +209,7 @@ class HandlerRunner:
                     await session.flush()
                     kept, after_commit = await self._store(connection, [outcome])
                 if not kept:
-                    raise _LostRaceError
+                    raise _LostRaceError  # noqa: TRY301  # it must pass the transaction to roll it back
                 await failpoint("handler.before_commit")
         except _LostRaceError:
             return Outcome(item, envelope, Result.SUCCEEDED, progress=Progress.LOST)
@@ -245,7 +243,7 @@ class HandlerRunner:
     async def _commit(self, outcomes: list[Outcome]) -> None:
         try:
             kept, after_commit = await self._until_database_answers(lambda: self._commit_together(outcomes))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop the others
             if len(outcomes) > 1:  # one of them spoils the batch: find it
                 for outcome in outcomes:
                     await self._commit([outcome])
@@ -317,6 +315,9 @@ class HandlerRunner:
                 if not is_transient(error):
                     raise
                 logger.warning(
-                    "%s waits for the database: %s", self._handler.name, error, extra={"action": "handler.database_away"}
+                    "%s waits for the database: %s",
+                    self._handler.name,
+                    error,
+                    extra={"action": "handler.database_away"},
                 )
             await self._clock.sleep(_DATABASE_PAUSE)

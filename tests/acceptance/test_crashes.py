@@ -114,7 +114,9 @@ async def finish(cluster: Cluster, orders: asyncio.Task[None]) -> None:
 
 def check(cluster: Cluster) -> None:
     """Check what must hold whatever happened (the numbers are those of the list of invariants)."""
-    sagas = {key: (status, state) for key, status, state in cluster.query("SELECT key, status, state FROM saga_instance")}
+    sagas = {
+        key: (status, state) for key, status, state in cluster.query("SELECT key, status, state FROM saga_instance")
+    }
     assert set(sagas) == {str(order) for order in cluster.placed}, "I1, I8: nothing lost, nothing invented"
     effects: dict[str, Counter[str]] = {key: Counter() for key in sagas}
     for order, what in cluster.query(

@@ -35,9 +35,7 @@ def environment(request: pytest.FixtureRequest, amqp_url: str, pg_url: str, otlp
 def running(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
         processes = [
-            stack.enter_context(
-                Process(tmp_path / f"{part}.log", "run", APP, "--only", part, environment=environment)
-            )
+            stack.enter_context(Process(tmp_path / f"{part}.log", "run", APP, "--only", part, environment=environment))
             for part in ("coordinator", "handlers")
         ]
         wait_until(lambda: all("is running" in process.log for process in processes), "the processes")
@@ -64,7 +62,10 @@ def place(environment: dict[str, str], folder: Path, numbers: list[int]) -> list
 
 
 def shape(node: Node, depth: int = 0) -> list[str]:
-    return [f"{'  ' * depth}{node.service}: {node.name}", *(line for child in node.children for line in shape(child, depth + 1))]
+    return [
+        f"{'  ' * depth}{node.service}: {node.name}",
+        *(line for child in node.children for line in shape(child, depth + 1)),
+    ]
 
 
 def finished(spans: list[Span], sagas: int) -> bool:
@@ -100,9 +101,7 @@ def settled(spans: list[Span]) -> bool:
     return all(span.parent_id is None or span.parent_id in known for span in spans)
 
 
-def test_under_load_every_saga_keeps_a_tree_of_its_own(
-    running: dict[str, str], otlp: OtlpSink, tmp_path: Path
-) -> None:
+def test_under_load_every_saga_keeps_a_tree_of_its_own(running: dict[str, str], otlp: OtlpSink, tmp_path: Path) -> None:
     """Bundles of many traces are traces of their own, linked; they never tie two sagas together."""
     place(running, tmp_path, [5] * 60)
     spans = otlp.wait(lambda spans: finished(spans, 60) and settled(spans), 60)

@@ -2,20 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from uuid import uuid4
 
 import pytest
 from dishka import Provider, Scope, make_async_container
-from sqlalchemy import func, select, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from events.bus import Address, Exchange, Outgoing
+from events.bus import Exchange
 from events.codec import Limits, bundle_body
 from events.database import transaction
 from events.envelope import Envelope, Result
 from events.failpoints import armed
 from events.message import Event, Reply
-from handlers import Context, Declined, Handler, Retry, handles
+from handlers import Context, Declined, Retry, handles
 from handlers.tables import inbox
 from tests.support.flows import (
     PATIENCE,
@@ -32,7 +31,6 @@ from tests.support.flows import (
     enveloped,
     link,
     open_stage,
-    until,
 )
 
 ONCE = Retry(attempts=1)
@@ -301,7 +299,11 @@ async def test_the_loser_of_a_race_with_another_process_rolls_back_and_repeats_t
             reply = enveloped(PaymentCaptured(order="the winner's"), saga=link()).encode()
             await session.execute(
                 inbox.insert().values(
-                    message_key=sent.key, consumer="keep_all", reply=reply, reply_to="tests", handled_at=stage.clock.now()
+                    message_key=sent.key,
+                    consumer="keep_all",
+                    reply=reply,
+                    reply_to="tests",
+                    handled_at=stage.clock.now(),
                 )
             )
             if stage.engine.dialect.name == "postgresql":

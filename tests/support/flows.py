@@ -173,7 +173,9 @@ class FakeBus:
         """Take back what is not acknowledged."""
         self._consumers.clear()
         for name, delivered in self._delivered.items():
-            back = [FakeDelivery(each.body, headers=each.headers, redelivered=True) for each in delivered if not each.acks]
+            back = [
+                FakeDelivery(each.body, headers=each.headers, redelivered=True) for each in delivered if not each.acks
+            ]
             self._waiting[name].extendleft(reversed(back))
             delivered.clear()
 
@@ -430,7 +432,12 @@ async def count_rows(engine: AsyncEngine, table: Table) -> int:
 
 
 def make_relay(
-    engine: AsyncEngine, bus: Bus, clock: ManualClock, *, options: RelayOptions | None = None, limits: Limits | None = None
+    engine: AsyncEngine,
+    bus: Bus,
+    clock: ManualClock,
+    *,
+    options: RelayOptions | None = None,
+    limits: Limits | None = None,
 ) -> Relay:
     return Relay(
         engine,

@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import AsyncIterator
+from typing import Self
 from uuid import UUID
 
 from dishka import Provider, Scope, provide
@@ -150,7 +151,8 @@ class Order(Saga):
     charge_key: str | None = None
 
     @starts_on(OrderPlaced)
-    def placed(cls, event: OrderPlaced) -> "Order":  # noqa: N805  # a class method by its decorator
+    @classmethod
+    def placed(cls, event: OrderPlaced) -> Self:
         return cls(order_id=event.order_id, number=event.number)
 
     @step(timeout=120)

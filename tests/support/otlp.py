@@ -141,7 +141,7 @@ class _HttpHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the library's
+    def log_message(self, format: str, *args: Any) -> None:  # the name is the library's
         """Says nothing."""
 
 

@@ -81,7 +81,7 @@ class ForeignDelivery:
         """Nothing to do."""
 
 
-def outbound(id: str, address: Address = CHARGE, *, data: bytes = b"{}") -> Outbound:  # noqa: A002
+def outbound(id: str, address: Address = CHARGE, *, data: bytes = b"{}") -> Outbound:
     return Outbound(Envelope(id=id, source="/test", type=address.key, version=1, data=data), address)
 
 
