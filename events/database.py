@@ -5,6 +5,7 @@ SQLite. They are plain SQL with driver parameters, since compiling large `VALUES
 database does.
 """
 
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache
@@ -14,6 +15,7 @@ from pydantic_core import from_json, to_json
 from sqlalchemy import Column, Dialect, Table, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from events.errors import ConfigurationError
@@ -84,10 +86,13 @@ def is_transient(error: BaseException) -> bool:
         if error.connection_invalidated or isinstance(error, InterfaceError):
             return True
         state = getattr(error.orig, "sqlstate", None)
+        if state is None and isinstance(error.orig, sqlite3.OperationalError):
+            # A missing table is the same class of error as a file that is locked or full.
+            return error.orig.sqlite_errorcode != sqlite3.SQLITE_ERROR
         if state is not None:
             return state in _RETRYABLE_STATES or state.startswith(("53", "08"))
         return isinstance(error, OperationalError)
-    return isinstance(error, OSError | TimeoutError)
+    return isinstance(error, OSError | TimeoutError | PoolTimeoutError)
 
 
 @asynccontextmanager

@@ -54,10 +54,10 @@ async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, id
                 ids.new(),
                 letter.consumer,
                 letter.reason,
-                letter.detail.replace("\0", "\\0")[:_MAX_DETAIL],
+                storable(letter.detail)[:_MAX_DETAIL],
                 part.raw,
-                delivery.content_type,
-                {name: _plain(value) for name, value in delivery.headers.items()},
+                delivery.content_type and storable(delivery.content_type),
+                {storable(name): _plain(value) for name, value in delivery.headers.items()},
                 envelope and envelope.id,
                 envelope and envelope.type,
                 envelope.saga.saga_id if envelope and envelope.saga else None,
@@ -69,10 +69,15 @@ async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, id
     await _insert.insert(connection, rows)
 
 
+def storable(text: str) -> str:
+    """Return `text` without what PostgreSQL or UTF-8 cannot hold: NUL and lone surrogates are written as escapes."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
 def _plain(value: Any) -> Any:
     """Return an AMQP header value as something that JSON and PostgreSQL can hold."""
     if isinstance(value, bool | int | None):
         return value
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace").replace("\0", "\\0")
-    return str(value).encode(errors="backslashreplace").decode().replace("\0", "\\0")
+    return storable(str(value))

@@ -1,5 +1,6 @@
 """Messages to be sent, written in the transaction that causes them."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,12 +14,13 @@ from events.bus import Address, Delivery, Exchange
 from events.clock import Clock, SystemClock
 from events.codec import STRUCTURED_TYPE, Limits, Readable, read_body
 from events.envelope import Envelope, wrap
-from events.errors import TooLargeError
+from events.errors import InvalidMessageError, TooLargeError
 from events.ids import Ids, TimeOrderedIds
 from events.message import DEFAULT_BUNDLE, Command, Event, Message
 from events.tables import outbox as outbox_table
 
 _mapper_registry = registry()
+_nul = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)  # no process holds a lease on the row
 
 
@@ -35,10 +37,12 @@ class Outbound:
         """Return the encoded envelope, which is made once.
 
         Raises:
-            TooLargeError: no receiver would take it.
+            TooLargeError, InvalidMessageError: no receiver would take it.
         """
         if self._encoded is None:
             encoded = self.envelope.encode()
+            if b"\\u0000" in encoded and _nul.search(encoded):
+                raise InvalidMessageError(f"{self.envelope.type} {self.envelope.id} contains NUL, which no receiver takes")
             if len(encoded) + 2 > limits.body:  # the brackets of the batch around it
                 raise TooLargeError(
                     f"{self.envelope.type} {self.envelope.id} has {len(encoded)} bytes, the limit is"

@@ -17,7 +17,7 @@ from events import tracing
 from events.bus import Address, Exchange
 from events.clock import Clock
 from events.codec import Readable
-from events.dead_letters import DeadLetter
+from events.dead_letters import DeadLetter, storable
 from events.derive import derive_id
 from events.envelope import Envelope, Result, SagaLink, wrap
 from events.errors import CoordinatorError, DefinitionError, RejectedError
@@ -26,6 +26,7 @@ from events.intake import Item
 from events.message import Event, Failed, Message, Reply, Succeeded
 from events.outbox import Outbound, route
 from events.registry import Registry
+from events.service import is_cancelled
 from handlers.context import Context, Declined
 from handlers.definition import Handler
 
@@ -59,6 +60,12 @@ class HandlerCancelledError(CoordinatorError):
     """Something inside the handler cancelled it, though nobody here asked for that."""
 
     code = "cancelled"
+
+
+class HandlerPanickedError(CoordinatorError):
+    """An extension that the handler uses panicked: it raised what is no Exception."""
+
+    code = "panicked"
 
 
 Once = Callable[[Message, Context], Awaitable[Outcome]]
@@ -99,6 +106,7 @@ class Execution:
     def fail(self, item: Item, envelope: Envelope | None, code: str, detail: str, *, attempts: int) -> Outcome:
         """Return the outcome of a message that was given up on: a dead letter and, for a saga, a failed reply."""
         outcome = Outcome(item, envelope, Result.FAILED)
+        detail = storable(detail)
         outcome.dead = DeadLetter(item, self._handler.name, code, detail, attempts)
         if envelope is not None:
             failure = Failed(code=code, reason=detail[-_MAX_REASON:], attempts=attempts)
@@ -184,10 +192,14 @@ class Execution:
                     returned = await handler.function(**arguments)
         except Declined as declined:
             result, returned = Result.DECLINED, declined.outcome
+        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
         except asyncio.CancelledError as error:
-            if (task := asyncio.current_task()) is None or task.cancelling():
+            if is_cancelled():
                 raise
             raise HandlerCancelledError from error  # a library that lost its connection, not our own cancel
+        except BaseException as error:
+            raise HandlerPanickedError from error
         if returned is not None and not isinstance(returned, Event | Reply):
             raise DefinitionError(
                 f"handler {handler.name} returned {type(returned).__name__}; return an Event, a Reply or None"
@@ -256,7 +268,8 @@ class Execution:
             extra={"action": "handler.gave_up", "handler": self._handler.name, "message_id": envelope.id},
         )
         detail = "".join(traceback.format_exception(error))
-        return self.fail(item, envelope, "failed", detail, attempts=context.attempt)
+        code = error.code if isinstance(error, RejectedError) else "failed"
+        return self.fail(item, envelope, code, detail, attempts=context.attempt)
 
 
 def _context(envelope: Envelope) -> Context:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from dishka import AsyncContainer
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from events.bus import Bus, Consumer
@@ -29,7 +30,7 @@ from events.intake import Intake, Item, completed_by, settle
 from events.message import Message
 from events.outbox import AfterCommit, Outbound, Outbox, recorded_reply
 from events.registry import Registry
-from events.service import Supervisor
+from events.service import Supervisor, is_cancelled
 from handlers.context import Context
 from handlers.definition import Handler
 from handlers.execution import Execution, Outcome, Progress
@@ -46,6 +47,14 @@ T = TypeVar("T")
 
 class _LostRaceError(Exception):
     """Another process has recorded the message meanwhile: what was done here must be rolled back."""
+
+
+class _HandlersOwnError(Exception):
+    """Not the database's: a third party that is away or slow burns an attempt, as any other failure."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class HandlerRunner:
@@ -78,6 +87,7 @@ class HandlerRunner:
         self._intake = Intake(limits)
         self._slots = asyncio.Semaphore(handler.concurrency)
         self._running: dict[UUID, list[Item]] = {}  # keys in work, each with duplicates that wait for it
+        self._released: set[UUID] = set()  # keys that were in work when the batch was looked up, and are no more
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: deque[Outcome] = deque()
         self._to_commit = asyncio.Event()
@@ -130,6 +140,7 @@ class HandlerRunner:
         while True:
             items = await self._intake.take(_BATCH)
             started = 0
+            self._released.clear()
             try:
                 recorded = await self._find_recorded(items)
                 for item in items:
@@ -155,6 +166,8 @@ class HandlerRunner:
             self._finish(self._repeat(item, envelope, known))
         elif key in self._running:
             self._running[key].append(item)
+        elif key in self._released:  # it may have been recorded after we looked: look again
+            self._intake.put_back([item])
         else:
             await self._slots.acquire()
             self._running[key] = []
@@ -183,6 +196,22 @@ class HandlerRunner:
             outcome = await self._execution.run(
                 item, envelope, lambda message, context: once(item, envelope, message, context)
             )
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  # a driver that lost its connection may cancel us
+            if is_cancelled():
+                raise
+            logger.exception(
+                "%s could not settle %s and tries again",
+                self._handler.name,
+                envelope.id,
+                exc_info=error,
+                extra={"action": "handler.interrupted", "handler": self._handler.name, "message_id": envelope.id},
+            )
+            await self._clock.sleep(_DATABASE_PAUSE)
+            self._release(envelope.key)
+            self._intake.put_back([item])
+            return
         finally:
             self._slots.release()
         if outcome.progress is Progress.PENDING:
@@ -198,14 +227,18 @@ class HandlerRunner:
         return outcome
 
     async def _once_in_transaction(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
-        return await self._until_database_answers(lambda: self._transact(item, envelope, message, context))
+        try:
+            return await self._until_database_answers(lambda: self._transact(item, envelope, message, context))
+        except _HandlersOwnError as own:
+            error = own.error
+        raise error
 
     async def _transact(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
         context.published.clear()
         try:
             async with transaction(self._engine) as connection:
                 async with AsyncSession(bind=connection, expire_on_commit=False) as session:
-                    outcome = await self._execution.call(item, envelope, message, context, session)
+                    outcome = await self._call(item, envelope, message, context, session)
                     await session.flush()
                     kept, after_commit = await self._store(connection, [outcome])
                 if not kept:
@@ -219,6 +252,16 @@ class HandlerRunner:
         outcome.progress = Progress.COMMITTED
         return outcome
 
+    async def _call(
+        self, item: Item, envelope: Envelope, message: Message, context: Context, session: AsyncSession
+    ) -> Outcome:
+        try:
+            return await self._execution.call(item, envelope, message, context, session)
+        except SQLAlchemyError:
+            raise
+        except Exception as error:
+            raise _HandlersOwnError(error) from error
+
     # Committing
 
     def _finish(self, outcome: Outcome) -> None:
@@ -228,6 +271,7 @@ class HandlerRunner:
 
     def _release(self, key: UUID) -> None:
         """The message of `key` is no longer in work; duplicates that waited for it are looked up again."""
+        self._released.add(key)
         if waiting := self._running.pop(key, None):
             self._intake.put_back(waiting)
 
@@ -237,7 +281,12 @@ class HandlerRunner:
             self._to_commit.clear()
             while self._finished:
                 outcomes = [self._finished.popleft() for _ in range(min(len(self._finished), _BATCH))]
-                await self._commit(outcomes)
+                try:
+                    await self._commit(outcomes)
+                except BaseException:  # not forgotten: what of it was committed is found in the inbox
+                    self._finished.extendleft(outcome for outcome in reversed(outcomes) if not outcome.item.settled)
+                    self._to_commit.set()
+                    raise
             self._idle.set()
 
     async def _commit(self, outcomes: list[Outcome]) -> None:
