@@ -88,7 +88,7 @@ def is_transient(error: BaseException) -> bool:
         state = getattr(error.orig, "sqlstate", None)
         if state is None and isinstance(error.orig, sqlite3.OperationalError):
             # A missing table is the same class of error as a file that is locked or full.
-            return error.orig.sqlite_errorcode != sqlite3.SQLITE_ERROR
+            return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
         if state is not None:
             return state in _RETRYABLE_STATES or state.startswith(("53", "08"))
         return isinstance(error, OperationalError)

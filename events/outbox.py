@@ -42,7 +42,9 @@ class Outbound:
         if self._encoded is None:
             encoded = self.envelope.encode()
             if b"\\u0000" in encoded and _nul.search(encoded):
-                raise InvalidMessageError(f"{self.envelope.type} {self.envelope.id} contains NUL, which no receiver takes")
+                raise InvalidMessageError(
+                    f"{self.envelope.type} {self.envelope.id} contains NUL, which no receiver takes"
+                )
             if len(encoded) + 2 > limits.body:  # the brackets of the batch around it
                 raise TooLargeError(
                     f"{self.envelope.type} {self.envelope.id} has {len(encoded)} bytes, the limit is"

@@ -14,7 +14,6 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import TextualSelect, bindparam, event, text
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -73,6 +72,7 @@ class Bundle:
     """Entries for one address that travel as one message."""
 
     entries: list[Entry]
+    most: int
     size: int = 2
 
     def outgoing(self) -> Outgoing:
@@ -105,12 +105,13 @@ def bundled(entries: Iterable[Entry], limits: Limits, *, share: int) -> list[Bun
             size = len(entry.body) + 1
             if (
                 bundle is None
-                or len(bundle.entries) >= min(entry.bundle, bundle.entries[0].bundle, fair)
+                or len(bundle.entries) >= min(entry.bundle, bundle.most)
                 or bundle.size + size > limits.body
             ):
-                bundle = Bundle([])
+                bundle = Bundle([], most=fair)
                 bundles.append(bundle)
             bundle.entries.append(entry)
+            bundle.most = min(bundle.most, entry.bundle)
             bundle.size += size
     return bundles
 
@@ -182,6 +183,8 @@ class Relay:
         await self._supervisor.stop()
 
     def _after_commit(self, session: Session) -> None:
+        if session.in_nested_transaction():
+            return  # a savepoint: nobody sees its rows yet
         if session.info.pop(ADDED, False) and self._loop is not None:
             self._loop.call_soon_threadsafe(self._to_sweep.set)  # a sync session may live in another thread
 
@@ -265,7 +268,8 @@ class Relay:
 
     async def _delete_loop(self) -> None:
         while True:
-            await _cleared(self._to_delete)
+            if not self._confirmed:  # after an error there still are some
+                await _cleared(self._to_delete)
             ids = list(self._confirmed)
             if not ids:
                 continue
@@ -295,7 +299,7 @@ class Relay:
                 total += len(entries)
                 if await self._publish(entries) == 0:
                     break  # the bus is away: do not run through the whole table in vain
-        except SQLAlchemyError as error:
+        except Exception as error:
             if not is_transient(error):
                 raise
             logger.warning("the outbox cannot be read: %s", error, extra={"action": "relay.database_away"})

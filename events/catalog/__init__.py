@@ -1,0 +1,1 @@
+"""The business events, commands and replies that are shipped: users, orders, payments, stock, shipping."""
