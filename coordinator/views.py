@@ -49,7 +49,7 @@ def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> 
         "saga", *(Column(_status(status), justify="right") for status in Status), Column("all", justify="right")
     )
     for saga in sorted({saga for saga, _ in counts}):
-        numbers = [counts.get((saga, status), 0) for status in Status]
+        numbers = [counts.get((saga, status), 0) for status in statuses]
         table.add_row(saga, *(str(number) if number else "" for number in numbers), str(sum(numbers)))
     console.print(table)
 

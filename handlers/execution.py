@@ -182,14 +182,7 @@ class Execution:
             arguments[handler.session_parameter] = session
         result, returned = Result.SUCCEEDED, None
         try:
-            async with asyncio.timeout(handler.timeout):
-                if handler.resources and self._container is not None:
-                    async with self._container() as scope:
-                        for parameter, wanted in handler.resources:
-                            arguments[parameter] = await scope.get(wanted)
-                        returned = await handler.function(**arguments)
-                else:
-                    returned = await handler.function(**arguments)
+            returned = await self._invoke(arguments)
         except Declined as declined:
             result, returned = Result.DECLINED, declined.outcome
         except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -207,6 +200,17 @@ class Execution:
         outcome = Outcome(item, envelope, result)
         self._add_messages(outcome, envelope, context, returned)
         return outcome
+
+    async def _invoke(self, arguments: dict[str, Any]) -> Any:
+        """Call the handler's function with `arguments` and what the container makes for it, within the timeout."""
+        handler = self._handler
+        async with asyncio.timeout(handler.timeout):
+            if not handler.resources or self._container is None:
+                return await handler.function(**arguments)
+            async with self._container() as scope:
+                for parameter, wanted in handler.resources:
+                    arguments[parameter] = await scope.get(wanted)
+                return await handler.function(**arguments)
 
     def _add_messages(
         self, outcome: Outcome, envelope: Envelope, context: Context, returned: Event | Reply | None

@@ -198,7 +198,7 @@ class HandlerRunner:
             )
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except BaseException as error:  # noqa: BLE001  # a driver that lost its connection may cancel us
+        except BaseException as error:  # a driver that lost its connection may cancel us
             if is_cancelled():
                 raise
             logger.exception(

@@ -25,8 +25,8 @@ from events.tables import outbox
 from tests.support.flows import (
     PATIENCE,
     FakeBus,
-    ManualClock,
     Mailbox,
+    ManualClock,
     count_rows,
     envelopes,
     make_relay,

@@ -39,9 +39,8 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture
-def sync_engine(engine: AsyncEngine, database_url: str) -> Iterator[Engine]:
-    """What a service that is not asynchronous uses; the tables are there already."""
-    assert engine
+def sync_engine(engine: AsyncEngine, database_url: str) -> Iterator[Engine]:  # noqa: ARG001  # it makes the tables
+    """What a service that is not asynchronous uses."""
     url = make_url(database_url)
     name = "postgresql+psycopg" if url.get_backend_name() == "postgresql" else "sqlite"
     made = create_engine(url.set(drivername=name))
@@ -135,10 +134,8 @@ async def test_a_savepoint_that_is_rolled_back_drops_its_own_messages_only(
     assert orders(await waiting(engine)) == [b'{"order":"after"}', b'{"order":"before"}', b'{"order":"kept"}']
 
 
-async def test_the_relay_wakes_after_the_commit(
-    engine: AsyncEngine, bus: FakeBus, relay: Relay, shop: ServiceOutbox
-) -> None:
-    assert relay
+@pytest.mark.usefixtures("relay")
+async def test_the_relay_wakes_after_the_commit(engine: AsyncEngine, bus: FakeBus, shop: ServiceOutbox) -> None:
     async with AsyncSession(engine) as session:
         for number in range(3):
             shop.add(session, OrderPlaced(order=str(number)))
@@ -152,14 +149,13 @@ async def test_the_relay_wakes_after_the_commit(
     await until(nothing_left)
 
 
+@pytest.mark.usefixtures("relay")
 async def test_the_relay_wakes_after_the_commit_of_what_was_added_in_a_savepoint(
-    engine: AsyncEngine, bus: FakeBus, relay: Relay, shop: ServiceOutbox
+    engine: AsyncEngine, bus: FakeBus, shop: ServiceOutbox
 ) -> None:
     """SQLAlchemy reports the release of a savepoint as a commit, too; the relay once took it for the real one."""
-    assert relay
-    async with AsyncSession(engine) as session, session.begin():
-        async with session.begin_nested():
-            shop.add(session, OrderPlaced(order="1"))
+    async with AsyncSession(engine) as session, session.begin(), session.begin_nested():
+        shop.add(session, OrderPlaced(order="1"))
     await bus.seen(1)
 
 
@@ -206,10 +202,10 @@ async def test_a_sync_session_works_alike(sync_engine: Engine, engine: AsyncEngi
     assert orders(await waiting(engine)) == [b'{"order":"kept"}']
 
 
+@pytest.mark.usefixtures("relay")
 async def test_the_commit_of_a_sync_session_in_another_thread_wakes_the_relay(
-    sync_engine: Engine, bus: FakeBus, relay: Relay, shop: ServiceOutbox
+    sync_engine: Engine, bus: FakeBus, shop: ServiceOutbox
 ) -> None:
-    assert relay
 
     def serve() -> None:
         with Session(sync_engine) as session, session.begin():
@@ -221,10 +217,7 @@ async def test_the_commit_of_a_sync_session_in_another_thread_wakes_the_relay(
     assert envelopes(bus.published[0].body)[0].data == b'{"order":"1"}'
 
 
-async def test_a_session_without_messages_does_not_wake_the_relay(
-    engine: AsyncEngine, relay: Relay, shop: ServiceOutbox
-) -> None:
-    assert shop
+async def test_a_session_without_messages_does_not_wake_the_relay(engine: AsyncEngine, relay: Relay) -> None:
     async with AsyncSession(engine) as session, session.begin():
         await session.execute(effects.insert().values(what="nothing to send"))
     assert not relay._to_sweep.is_set()
