@@ -7,6 +7,7 @@ from datetime import datetime
 from uuid import UUID
 
 from opentelemetry.trace import SpanKind
+from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.decide import (
@@ -227,7 +228,7 @@ class Engine:
             saga.attempt,
             saga.result,
             outcome,
-            describe(outcome),
+            _detail(outcome, envelope) if saga.result is not Result.SUCCEEDED else "",
             envelope.id,
             self._store.clock.now(),
         )
@@ -411,6 +412,14 @@ class Engine:
             instance.reason,
             extra={"action": "saga.needs_attention", "saga": instance.saga, "saga_id": str(instance.id)},
         )
+
+
+def _detail(outcome: Message | None, envelope: Envelope) -> str:
+    """Return why a step did not succeed, in words; also where the saga does not know the outcome's class."""
+    if outcome is not None:
+        return describe(outcome)
+    reason = from_json(envelope.data).get("reason")
+    return str(reason) if reason is not None else envelope.type
 
 
 def coordinator_queues(definitions: Iterable[SagaDefinition]) -> list[Queue]:

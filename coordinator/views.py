@@ -44,10 +44,10 @@ def print_list(
 
 
 def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> None:
-    """Print a table of sagas by status."""
-    table = Table(
-        "saga", *(Column(_status(status), justify="right") for status in Status), Column("all", justify="right")
-    )
+    """Print a table of sagas by status; a status that none has is left out."""
+    statuses = [status for status in Status if any(each is status for _, each in counts)]
+    columns = [Column(_status(status), justify="right") for status in statuses]
+    table = Table("saga", *columns, Column("all", justify="right"))
     for saga in sorted({saga for saga, _ in counts}):
         numbers = [counts.get((saga, status), 0) for status in statuses]
         table.add_row(saga, *(str(number) if number else "" for number in numbers), str(sum(numbers)))

@@ -36,16 +36,13 @@ async def run_demo(
     """
     clock = clock or SystemClock()
     file = events or EVENTS
-    if not file.is_file():
-        raise ConfigurationError(f"there is no file {file}")
-    directory.mkdir(parents=True, exist_ok=True)
+    expected = _prepare(directory, file)
     database = directory / "coordinator.db"
     settings = Settings(broker_url="embedded:", database_url=f"sqlite:///{database}")
     async with running_services(directory / "journal.jsonl") as (third_parties, journal):
         app = make_app(third_parties)
         async with Node(app, settings) as node:
             await _fill_stock(node)
-            expected = sum(1 for line in file.read_bytes().splitlines() if line.strip())
             with Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -63,6 +60,14 @@ async def run_demo(
     _report(console, counts, done, database, as_json=as_json)
     ended_well = all(status in (Status.COMPLETED, Status.COMPENSATED) for _, status in counts)
     return 0 if good and ended_well and sum(counts.values()) >= expected else 1
+
+
+def _prepare(directory: Path, events: Path) -> int:
+    """Make the folder and return how many events there are."""
+    if not events.is_file():
+        raise ConfigurationError(f"there is no file {events}")
+    directory.mkdir(parents=True, exist_ok=True)
+    return sum(1 for line in events.read_bytes().splitlines() if line.strip())
 
 
 async def _fill_stock(node: Node) -> None:

@@ -173,10 +173,8 @@ class _MailHandler:
     async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802
         content = envelope.content or b""
         text = content if isinstance(content, str) else content.decode(errors="replace")
-        headers = dict(
-            (name.lower(), value.strip())
-            for name, _, value in (line.partition(":") for line in text.split("\r\n\r\n", 1)[0].splitlines())
-        )
+        lines = text.partition("\r\n\r\n")[0].splitlines()
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         for recipient in envelope.rcpt_tos:
             self._rules.accept_mail(headers["message-id"], recipient, headers["subject"])
         return "250 OK"
