@@ -16,6 +16,7 @@ from events.envelope import Direction, Result
 from events.message import Command, Event, Failed, Message
 
 _MAX_REASON = 1000
+_NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class _Draft:
         self.definition = definition
         self.before = instance
         self.now = now
+        self.state = instance.state
         self.saga: Saga = definition.cls.from_state(instance.state)
         self.steps = dict(instance.steps)
         self.status = instance.status
@@ -147,14 +149,24 @@ class _Draft:
     def set(self, step: str, **changes: Any) -> None:
         self.steps[step] = replace(self.steps[step], **changes)
 
+    def settle(self, step: str, status: StepStatus, **changes: Any) -> None:
+        """Set the status of a step from which no answer is awaited any more."""
+        self.set(step, status=status, due_at=None, made_of=None, **changes)
+
+    def change(self, saga: Saga, state: dict[str, Any]) -> None:
+        """Give the saga another state. A command that is sent again says what it said before: keep what that was."""
+        for name, at in self.steps.items():
+            if at.status.outstanding and at.made_of is None:
+                self.set(name, made_of=self.state)
+        self.saga, self.state = saga, state
+
     def explain(self, reason: str) -> None:
         """Keep the first reason: what comes later follows from it."""
         if self.reason is None:
             self.reason = reason[:_MAX_REASON]
 
     def finish(self, kind: str, **about: Any) -> Decision:
-        before = self.before
-        state = self.saga.to_state()
+        before, state = self.before, self.state
         change: dict[str, Any] = {}
         if state != before.state:
             change["state"] = {name: value for name, value in state.items() if before.state.get(name) != value}
@@ -181,7 +193,7 @@ class _Draft:
 
 def _start(definition: SagaDefinition, given: Started) -> Decision:
     start = definition.start_for(given.event.message_type)
-    saga = getattr(definition.cls, start.name)(given.event)
+    saga = start.__get__(None, definition.cls)(given.event)
     if not isinstance(saga, definition.cls):
         raise TypeError(f"{definition.cls.__name__}.{start.name} must return a {definition.cls.__name__}, not {saga!r}")
     instance = Instance(
@@ -219,9 +231,9 @@ def _reply(draft: _Draft, given: Replied) -> Decision:
             _undone(draft, step, given)
         _walk(draft)
         return draft.finish("reply", **about)
-    if _is_late_success(at, given):
-        _late_success(draft, step, given)
-        return draft.finish("late_success", **about)
+    if _is_late_effect(at, given):
+        _late_effect(draft, step, given)
+        return draft.finish("late_success" if given.result is Result.SUCCEEDED else "late_failure", **about)
     return draft.finish("late_reply", **about)
 
 
@@ -229,52 +241,55 @@ def _done(draft: _Draft, step: Step, given: Replied) -> None:
     """Take in the outcome of a step."""
     match given.result:
         case Result.SUCCEEDED:
-            draft.set(step.name, status=StepStatus.SUCCEEDED, due_at=None)
+            draft.settle(step.name, StepStatus.SUCCEEDED)
             if error := _apply(draft, step.on_succeeded, given.outcome):
                 _turn_back(draft, f"{step.name} succeeded, but {error}")
         case Result.DECLINED:
-            draft.set(step.name, status=StepStatus.DECLINED, due_at=None)
+            draft.settle(step.name, StepStatus.DECLINED)
             error = _apply(draft, step.on_declined, given.outcome)
             _turn_back(draft, f"{step.name} declined: {given.detail}" + (f"; {error}" if error else ""))
         case Result.FAILED:
             # Tried in vain is not the same as not done: a call may have been answered too late to be seen.
-            draft.set(step.name, status=StepStatus.UNKNOWN, due_at=None)
+            draft.settle(step.name, StepStatus.UNKNOWN, answer=Result.FAILED)
             _turn_back(draft, f"{step.name} failed: {given.detail}")
 
 
 def _undone(draft: _Draft, step: Step, given: Replied) -> None:
     """Take in the outcome of a compensation."""
     if given.result is Result.SUCCEEDED:
-        draft.set(step.name, status=StepStatus.UNDONE, due_at=None)
+        draft.settle(step.name, StepStatus.UNDONE)
     else:
-        draft.set(step.name, status=StepStatus.UNDO_FAILED, due_at=None)
+        draft.settle(step.name, StepStatus.UNDO_FAILED)
         draft.explain(f"{step.name} could not be undone: {given.detail}")
 
 
-def _is_late_success(at: StepState, given: Replied) -> bool:
+def _is_late_effect(at: StepState, given: Replied) -> bool:
+    """Say whether a step has, or may have, happened since it was given up on, and nobody has said so before."""
     given_up = at.status in (StepStatus.UNKNOWN, StepStatus.UNDOING, StepStatus.UNDONE, StepStatus.UNDO_FAILED)
-    success = given.direction is Direction.DO and given.result is Result.SUCCEEDED
-    return success and given_up and given.attempt == at.attempt and not at.late
+    if given.direction is not Direction.DO or given.attempt != at.attempt or not given_up:
+        return False
+    if at.answer is None:
+        return given.result in (Result.SUCCEEDED, Result.FAILED)
+    return given.result is Result.SUCCEEDED and at.answer is not Result.SUCCEEDED
 
 
-def _late_success(draft: _Draft, step: Step, given: Replied) -> None:
-    """A step that was given up on has happened after all: undo it, now that it is known what there is to undo.
+def _late_effect(draft: _Draft, step: Step, given: Replied) -> None:
+    """Undo what has happened after all, now that it is known what there is to undo.
 
     A compensation that was sent before may have found nothing to undo, so it is sent again as a new attempt.
     Its idempotency key is the same, so what was undone already is not undone twice.
     """
-    if error := _apply(draft, step.on_succeeded, given.outcome):
+    if error := _apply(draft, step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None):
         draft.explain(f"{step.name} succeeded late, but {error}")
     undoing = draft.steps[step.name].status is StepStatus.UNDOING
-    draft.set(step.name, status=StepStatus.SUCCEEDED, late=True, due_at=None)
+    happened = StepStatus.SUCCEEDED if given.result is Result.SUCCEEDED else StepStatus.UNKNOWN
+    draft.settle(step.name, happened, answer=given.result)
     if step.undo is None:
         return
+    draft.status = Status.COMPENSATING
     if undoing:
         _undo(draft, step)
-    elif draft.status is not Status.COMPENSATING:
-        draft.status = Status.COMPENSATING
-        _walk(draft)
-    elif not any(at.status.outstanding for at in draft.steps.values()):
+    if not any(at.status.outstanding for at in draft.steps.values()):
         _walk(draft)
 
 
@@ -288,13 +303,13 @@ def _elapse(draft: _Draft) -> Decision | None:
             if at.sends <= step.deadline.resends:
                 _send(draft, step, Direction.DO, at.attempt, at.sends + 1)
             else:
-                draft.set(name, status=StepStatus.UNKNOWN, due_at=None)
+                draft.settle(name, StepStatus.UNKNOWN)
                 _turn_back(draft, f"{name} gave no answer in time")
         elif at.status is StepStatus.UNDOING:
             if at.sends <= step.undo_deadline.resends:
                 _send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
             else:
-                draft.set(name, status=StepStatus.UNDO_FAILED, due_at=None)
+                draft.settle(name, StepStatus.UNDO_FAILED)
                 draft.explain(f"undoing {name} gave no answer in time")
     if not draft.requests:
         _walk(draft)
@@ -337,7 +352,7 @@ def _next(draft: _Draft) -> Step | None:
 
 def _undo(draft: _Draft, step: Step) -> None:
     attempt = draft.steps[step.name].undo_attempt + 1
-    draft.set(step.name, status=StepStatus.UNDOING, undo_attempt=attempt, sends=0)
+    draft.set(step.name, status=StepStatus.UNDOING, undo_attempt=attempt, sends=0, made_of=None)
     _send(draft, step, Direction.UNDO, attempt, 1)
 
 
@@ -345,16 +360,16 @@ def _send(draft: _Draft, step: Step, direction: Direction, attempt: int, sends: 
     """Ask the saga for the command and send it; if the saga cannot make it, nothing was done."""
     hook: Hook | None = step if direction is Direction.DO else step.undo
     deadline: Deadline = step.deadline if direction is Direction.DO else step.undo_deadline
-    command, error = _call(draft, hook)
+    command, error = _ask(draft, hook, state=draft.steps[step.name].made_of)
     if error is None and not isinstance(command, Command):
         error = f"it must return a Command, not {type(command).__name__}"
     if error is not None:
         if direction is Direction.DO:
             never_sent = draft.steps[step.name].sends == 0
-            draft.set(step.name, status=StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN, due_at=None)
+            draft.settle(step.name, StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN)
             _turn_back(draft, f"{step.name} could not be asked for: {error}")
         else:
-            draft.set(step.name, status=StepStatus.UNDO_FAILED, due_at=None)
+            draft.settle(step.name, StepStatus.UNDO_FAILED)
             draft.explain(f"{step.name} could not be undone: {error}")
         return
     draft.set(step.name, sends=sends, due_at=draft.now + timedelta(seconds=deadline.wait(sends)))
@@ -374,7 +389,7 @@ def _end(draft: _Draft) -> None:
         draft.status, ending, arguments = Status.COMPENSATED, draft.definition.on_compensated, (draft.reason or "",)
     if ending is None:
         return
-    event, error = _call(draft, ending, *arguments)
+    event, error = _ask(draft, ending, *arguments)
     if error is None and event is not None and not isinstance(event, Event):
         error = f"it must return an Event or None, not {type(event).__name__}"
     if error is not None:
@@ -388,26 +403,52 @@ def _apply(draft: _Draft, hook: OutcomeHook | None, outcome: Message | None) -> 
     """Let the saga take an outcome into its state; return what went wrong, and then leave the state as it was."""
     if hook is None or outcome is None:
         return None
-    state = draft.saga.to_state()
-    _, error = _call(draft, hook, outcome)
-    if error is None:
-        try:  # what the method assigned must be storable, too
-            draft.saga = draft.definition.cls.from_state(draft.saga.to_state())
-        except Exception as broken:  # noqa: BLE001  # pydantic and user validators raise what they like
-            error = f"{hook.name} left a broken state: {broken!r}"
-    if error is not None:
-        draft.saga = draft.definition.cls.from_state(state)
-    return error
+    what = "raised"
+    try:
+        hook.function(draft.saga, outcome)
+        what = "left a broken state:"
+        state = draft.saga.to_state()
+        if state != draft.state:  # what it assigned must be readable again
+            draft.change(draft.definition.cls.from_state(state), state)
+    except _NOT_OURS:
+        raise
+    except BaseException as error:  # noqa: BLE001  # user code raises what it likes, Rust extensions panic
+        draft.saga = draft.definition.cls.from_state(draft.state)
+        return f"{hook.name} {what} {_shown(error)}"
+    return None
 
 
-def _call(draft: _Draft, hook: Hook | None, *arguments: Any) -> tuple[Any, str | None]:
-    """Call a method of the saga; an exception in it spoils this saga only, never the batch."""
+def _ask(draft: _Draft, hook: Hook | None, *arguments: Any, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Ask the saga, as it is now or as it was in `state`, for a message; return that, or None and what went wrong."""
     if hook is None:
         return None, "there is no method for it"
+    state = draft.state if state is None else state
+    saga = draft.saga if state is draft.state else draft.definition.cls.from_state(state)
     try:
-        return hook.function(draft.saga, *arguments), None
-    except Exception as error:  # noqa: BLE001  # user code raises what it likes
-        return None, f"{hook.name} raised {error!r}"
+        message = hook.function(saga, *arguments)
+        if _is_unchanged(saga, state):
+            return message, None
+        error = f"{hook.name} changed the saga, which only a method for an outcome may"
+    except _NOT_OURS:
+        raise
+    except BaseException as broken:  # noqa: BLE001  # user code raises what it likes, Rust extensions panic
+        error = f"{hook.name} raised {_shown(broken)}"
+    draft.saga = draft.definition.cls.from_state(draft.state)
+    return None, error
+
+
+def _is_unchanged(saga: Saga, state: dict[str, Any]) -> bool:
+    try:
+        return saga.to_state() == state
+    except ValueError:  # it holds what cannot be stored, which the state did not
+        return False
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return repr(error)
+    except Exception:  # noqa: BLE001  # an error that cannot even be shown
+        return type(error).__name__
 
 
 def describe(outcome: Message | None) -> str:

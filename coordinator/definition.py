@@ -220,8 +220,16 @@ class SagaDefinition:
         return next(start for start in self.starts if start.event.message_type == message_type)
 
     def key_of(self, start: Start, saga: "Saga") -> str:
-        """Return the business key of a new saga."""
-        return str(getattr(saga, start.key or next(iter(self.cls.model_fields))))
+        """Return the business key of a new saga.
+
+        Raises:
+            ValueError: it is empty; all such starts would be duplicates of each other.
+        """
+        name = start.key or next(iter(self.cls.model_fields))
+        key = getattr(saga, name)
+        if key is None or not str(key):
+            raise ValueError(f"{self.cls.__name__}.{start.name} left its business key {name!r} empty")
+        return str(key)
 
 
 class Saga(BaseModel):
@@ -255,7 +263,7 @@ class Saga(BaseModel):
 
     def to_state(self) -> dict[str, Any]:
         """Return the state as it is stored: plain JSON data."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", warnings=False)
 
 
 def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:

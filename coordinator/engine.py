@@ -29,7 +29,7 @@ from events import tracing
 from events.bus import Address, Bus, Consumer, Exchange, Queue
 from events.clock import Clock
 from events.codec import Limits, Readable
-from events.database import is_transient, transaction
+from events.database import is_transient, together, transaction
 from events.dead_letters import DeadLetter, bury
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
 from events.errors import CoordinatorError, InvalidMessageError, RejectedError
@@ -329,11 +329,12 @@ class Engine:
                 self._log_duplicate(instance)
         changed = [instance for identity, instance in work.current.items() if instance is not work.loaded[identity]]
         await self._store.update(connection, changed, work.loaded)
-        await self._store.record(connection, [row for row in work.history if row[0] not in duplicates])
-        if work.letters:
-            await bury(connection, work.letters, ids=self._ids, now=self._store.clock.now())
-        messages = [message for identity, message in work.messages if identity not in duplicates]
-        return await self._outbox.write(connection, messages, completed_by(items))
+        async with together(connection):
+            await self._store.record(connection, [row for row in work.history if row[0] not in duplicates])
+            if work.letters:
+                await bury(connection, work.letters, ids=self._ids, now=self._store.clock.now())
+            messages = [message for identity, message in work.messages if identity not in duplicates]
+            return await self._outbox.write(connection, messages, completed_by(items))
 
     async def _bury(self, item: Item, error: Exception) -> None:
         """Give up on a message whose consequences cannot be stored."""

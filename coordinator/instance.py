@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from events.envelope import Direction
+from events.envelope import Direction, Result
 
 
 class Status(StrEnum):
@@ -56,7 +56,8 @@ class StepState:
         undo_attempt: which attempt of its compensation; 0 before the first.
         sends: how often the outstanding command was sent.
         due_at: when its answer is given up on.
-        late: a success came after the step had been given up on.
+        answer: what was heard of the step after it had been given up on, or by which it was.
+        made_of: the saga's state that the outstanding command was made of, where it has changed since.
     """
 
     status: StepStatus
@@ -64,7 +65,8 @@ class StepState:
     undo_attempt: int = 0
     sends: int = 0
     due_at: datetime | None = None
-    late: bool = False
+    answer: Result | None = None
+    made_of: dict[str, Any] | None = None
 
     def awaits(self, direction: Direction, attempt: int) -> bool:
         """Say whether this is the answer that is outstanding."""
@@ -81,21 +83,24 @@ class StepState:
             document["sends"] = self.sends
         if self.due_at:
             document["due_at"] = self.due_at.isoformat()
-        if self.late:
-            document["late"] = True
+        if self.answer:
+            document["answer"] = self.answer.value
+        if self.made_of is not None:
+            document["made_of"] = self.made_of
         return document
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "StepState":
         """Read what `to_json` returned."""
-        due_at = document.get("due_at")
+        due_at, answer = document.get("due_at"), document.get("answer")
         return cls(
             StepStatus(document["status"]),
             document["attempt"],
             document.get("undo_attempt", 0),
             document.get("sends", 0),
             datetime.fromisoformat(due_at) if due_at else None,
-            document.get("late", False),
+            Result(answer) if answer else None,
+            document.get("made_of"),
         )
 
 

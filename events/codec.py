@@ -23,6 +23,7 @@ STRUCTURED_TYPE = "application/cloudevents+json"
 _JSON_TYPE = re.compile(r"application/(json|[\w.+-]+\+json)", re.ASCII | re.IGNORECASE)
 _BINARY_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-")
 _MAX_ATTRIBUTE = 1024
+_MAX_PARTS = 1000  # each part that cannot be read becomes a dead letter: one message must not make thousands
 _MAX_VERSION = 2**31 - 1
 _trailing_version = re.compile(r"[:/#.]v?(\d{1,10})$")
 _traceparent = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
@@ -80,6 +81,7 @@ def read_body(
             return _read_batch(text, start)
         document, end = _parse(text, start)
         _expect_end(text, end)
+        _refuse_bad_escapes(text)
         return [_read_part(document, body)]
     except RejectedError as error:
         return [Unreadable(body, error)]
@@ -101,13 +103,13 @@ def _text(body: bytes) -> str:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise MalformedError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
-    if "\\u0000" in text or "\\ud" in text or "\\uD" in text:
-        _refuse_bad_escapes(text)
     return text
 
 
 def _refuse_bad_escapes(text: str) -> None:
     """Refuse NUL (PostgreSQL cannot store it) and lone surrogates (UTF-8 cannot encode them)."""
+    if "\\u0000" not in text and "\\ud" not in text and "\\uD" not in text:
+        return
     for value in _string.findall(text):
         try:
             plain = json.loads(value)
@@ -142,6 +144,9 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_co
 _scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once  # type: ignore[attr-defined]  # what raw_decode itself calls
 
 
+_scan_leniently: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # ditto
+
+
 def _parse(text: str, position: int) -> tuple[Any, int]:
     try:
         return _scan(text, position)
@@ -171,8 +176,10 @@ def _read_batch(text: str, position: int) -> list[Part]:
     if text.startswith("]", position):
         raise MalformedError("the batch is empty")
     while True:
-        document, end = _parse(text, position)
-        parts.append(_read_part(document, text[position:end].encode()))
+        part, end = _read_element(text, position)
+        parts.append(part)
+        if len(parts) > _MAX_PARTS:
+            raise MalformedError(f"the batch has more than {_MAX_PARTS} events")
         position = _skip(text, end)
         if text.startswith(",", position):
             position = _skip(text, position + 1)
@@ -181,6 +188,21 @@ def _read_batch(text: str, position: int) -> list[Part]:
             return parts
         else:
             raise MalformedError(f"the batch is not JSON at character {position}")
+
+
+def _read_element(text: str, position: int) -> tuple[Part, int]:
+    """Read one element of a batch. One that is refused spoils the others only if nobody can tell where it ends."""
+    try:
+        document, end = _parse(text, position)
+        raw = text[position:end]
+        _refuse_bad_escapes(raw)
+    except MalformedError as error:
+        try:
+            _, end = _scan_leniently(text, position)
+        except (StopIteration, ValueError, RecursionError):
+            raise error from None
+        return Unreadable(text[position:end].encode(), error), end
+    return _read_part(document, raw.encode()), end
 
 
 def _read_part(document: Any, raw: bytes) -> Part:
@@ -223,6 +245,7 @@ def _read_binary(body: bytes, attributes: dict[str, Any], media_type: str) -> Pa
         if text.strip():
             document, end = _parse(text, _skip(text, 0))
             _expect_end(text, end)
+            _refuse_bad_escapes(text)
         else:
             document = None
         return Readable(body, _envelope(attributes, to_json(_object(document))))

@@ -61,6 +61,13 @@ def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False
             raise ConfigurationError(f"the database must be PostgreSQL or SQLite, not {other}")
 
 
+def single_statements(engine: AsyncEngine) -> AsyncEngine:
+    """Return `engine` for statements that are a transaction each, without the round trips around them."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return engine
+
+
 def sqlite_file(url: str | URL) -> str | None:
     """Return the file of an SQLite URL; None for other databases and for databases in memory."""
     parsed = make_url(url)
@@ -72,7 +79,7 @@ def sqlite_file(url: str | URL) -> str | None:
 def reader(engine: AsyncEngine) -> AsyncEngine:
     """Return `engine` for single reading statements, without the round trips of a transaction around them."""
     if engine.dialect.name == "postgresql":
-        return engine.execution_options(isolation_level="AUTOCOMMIT")
+        return single_statements(engine)
     return engine.execution_options(**{READ_ONLY: True})
 
 
@@ -123,6 +130,42 @@ def _type_name(column: Column[Any], dialect: Dialect) -> str:
     return column.type.dialect_impl(dialect).compile(dialect)
 
 
+_DEFERRED = "saga_coordinator.deferred_inserts"
+_Insert = tuple["Bulk", Sequence[Row]]
+
+
+@asynccontextmanager
+async def together(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Let the inserts of the block travel as one statement at its end, where the database has such a statement.
+
+    Each statement costs PostgreSQL and us a round trip, whatever it does; for a lone message the round trips
+    are most of what it costs.
+    """
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    deferred: list[_Insert] = []
+    connection.info[_DEFERRED] = deferred
+    try:
+        yield
+    finally:
+        del connection.info[_DEFERRED]
+    if deferred:
+        await _insert_together(connection, deferred)
+
+
+async def _insert_together(connection: AsyncConnection, inserts: Sequence[_Insert]) -> None:
+    dialect = connection.dialect
+    parameters: list[Any] = []
+    statements: list[str] = []
+    for bulk, rows in inserts:
+        statements.append(bulk.insert_from_arrays(dialect, len(parameters) + 1))
+        parameters += bulk.arrays(rows, dialect)
+    *others, last = statements
+    parts = ", ".join(f"part_{number} AS ({statement})" for number, statement in enumerate(others))
+    await connection.exec_driver_sql(f"WITH {parts} {last}" if parts else last, tuple(parameters))
+
+
 class Bulk:
     """Writes many rows of one table with one statement.
 
@@ -135,11 +178,29 @@ class Bulk:
         self._table = table
         self._names = columns
         self._columns = tuple(table.c[name] for name in columns)
-        self._statements: dict[tuple[str, str], str] = {}
+
+    def insert_from_arrays(self, dialect: Dialect, first: int) -> str:
+        """Return PostgreSQL's insert statement, its parameters numbered from `first`."""
+        return f"INSERT INTO {self._table.name} ({', '.join(self._names)}) {self._unnest(dialect, first=first)}"
+
+    def arrays(self, rows: Sequence[Row], dialect: Dialect) -> tuple[Any, ...]:
+        """Return an array for each column."""
+        return tuple(list(column) for column in zip(*_bound(self._columns, rows, dialect), strict=True))
 
     async def insert(self, connection: AsyncConnection, rows: Sequence[Row]) -> None:
-        """Insert `rows`; a conflict is an error."""
-        await self._run(connection, "insert", rows)
+        """Insert `rows`; a conflict is an error. Within `together` they are inserted at the end of its block."""
+        if not rows:
+            return
+        deferred: list[_Insert] | None = connection.info.get(_DEFERRED)
+        if deferred is not None:
+            deferred.append((self, rows))
+            return
+        if connection.dialect.name == "postgresql":
+            await _insert_together(connection, [(self, rows)])
+            return
+        marks = ", ".join("?" * len(self._names))
+        statement = f"INSERT INTO {self._table.name} ({', '.join(self._names)}) VALUES ({marks})"  # noqa: S608
+        await connection.exec_driver_sql(statement, _bound(self._columns, rows, connection.dialect))
 
     async def insert_new(self, connection: AsyncConnection, rows: Sequence[Row], *, key: Sequence[str]) -> list[Any]:
         """Insert the rows whose unique `key` is not there yet; return the first column of those inserted."""
@@ -150,7 +211,7 @@ class Bulk:
         result = self._columns[0].type._cached_result_processor(dialect, None)  # noqa: SLF001
         if dialect.name == "postgresql":
             sql = f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect)} {tail}"
-            found = await connection.exec_driver_sql(sql, self._arrays(rows, dialect))
+            found = await connection.exec_driver_sql(sql, self.arrays(rows, dialect))
             values = [row[0] for row in found]
         else:
             marks = ", ".join("?" * len(self._names))
@@ -178,7 +239,7 @@ class Bulk:
         table = self._table.name
         if dialect.name == "postgresql":
             sets = ", ".join(f"{name} = given.{name}" for name in others)
-            parameters = self._arrays(rows, dialect)
+            parameters = self.arrays(rows, dialect)
             source, where = self._unnest(dialect), ""
             if expected:
                 column, values = expected
@@ -202,9 +263,10 @@ class Bulk:
             result = await connection.exec_driver_sql(sql, bound)
         return result.rowcount
 
-    def _unnest(self, dialect: Dialect, expected: str | None = None) -> str:
+    def _unnest(self, dialect: Dialect, expected: str | None = None, *, first: int = 1) -> str:
         arrays = [
-            f"${number}::{_array_type(_type_name(column, dialect))}" for number, column in enumerate(self._columns, 1)
+            f"${number}::{_array_type(_type_name(column, dialect))}"
+            for number, column in enumerate(self._columns, first)
         ]
         names = list(self._names)
         picks = [
@@ -216,27 +278,6 @@ class Bulk:
             names.append("expected")
             picks.append("expected")
         return f"SELECT {', '.join(picks)} FROM unnest({', '.join(arrays)}) AS rows ({', '.join(names)})"  # noqa: S608
-
-    def _arrays(self, rows: Sequence[Row], dialect: Dialect) -> tuple[Any, ...]:
-        return tuple(list(column) for column in zip(*_bound(self._columns, rows, dialect), strict=True))
-
-    async def _run(self, connection: AsyncConnection, verb: str, rows: Sequence[Row]) -> None:
-        if not rows:
-            return
-        dialect = connection.dialect
-        statement = self._statements.get((verb, dialect.name))
-        if statement is None:
-            names = ", ".join(self._names)
-            if dialect.name == "postgresql":
-                statement = f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect)}"
-            else:
-                marks = ", ".join("?" * len(self._names))
-                statement = f"INSERT INTO {self._table.name} ({names}) VALUES ({marks})"  # noqa: S608
-            self._statements[verb, dialect.name] = statement
-        if dialect.name == "postgresql":
-            await connection.exec_driver_sql(statement, self._arrays(rows, dialect))
-        else:
-            await connection.exec_driver_sql(statement, _bound(self._columns, rows, dialect))
 
 
 def _array_type(name: str) -> str:

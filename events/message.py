@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json, to_json
 
-from events.errors import DefinitionError
+from events.errors import DefinitionError, InvalidMessageError
 
 type_name_pattern = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 MAX_TYPE_LENGTH = 200  # an AMQP routing key holds 255 bytes
 DEFAULT_BUNDLE = 64
+MAX_BUNDLE = 2**15 - 1  # what a SMALLINT holds
 
-_words = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9_]+|[A-Z0-9_]+")
+_words = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9_]+|[A-Z0-9_]+|[^\x00-\x7f]")
 
 Data = dict[str, Any]
 Upcaster = Callable[[Data], Data]
@@ -71,9 +72,10 @@ class Message(BaseModel):
         cls.message_type = type or dotted(cls.__name__)
         cls.message_version = version
         cls.bundle_limit = bundle
-        cls.upcasters = {
-            marked.from_version: marked.function for marked in vars(cls).values() if isinstance(marked, _Upcast)
-        }
+        marked = [value for value in vars(cls).values() if isinstance(value, _Upcast)]
+        cls.upcasters = {each.from_version: each.function for each in marked}
+        if len(cls.upcasters) < len(marked):
+            raise DefinitionError(f"{cls.__name__}: two upcasters from one version; which of them counts?")
         cls._refuse_bad_definition()
 
     def __init_subclass__(cls, *, type: str | None = None, version: int = 1, bundle: int = 0, **kwargs: Any) -> None:
@@ -87,8 +89,8 @@ class Message(BaseModel):
             raise DefinitionError(f"{cls.__name__}: type {name!r} must be dotted lower case, {MAX_TYPE_LENGTH} at most")
         if version < 1:
             raise DefinitionError(f"{cls.__name__}: versions count from 1, not {version}")
-        if cls.bundle_limit < 1:
-            raise DefinitionError(f"{cls.__name__}: bundle counts from 1, not {cls.bundle_limit}")
+        if not 1 <= cls.bundle_limit <= MAX_BUNDLE:
+            raise DefinitionError(f"{cls.__name__}: bundle counts from 1 to {MAX_BUNDLE}, not {cls.bundle_limit}")
         if strange := [number for number in cls.upcasters if not 1 <= number < version]:
             raise DefinitionError(f"{cls.__name__}: upcasters from {strange} lead to no version below {version}")
 
@@ -98,13 +100,15 @@ class Message(BaseModel):
 
         Raises:
             pydantic.ValidationError: the data does not fit.
-            KeyError: no upcaster leads from `version` to this class's version.
+            InvalidMessageError: no upcaster leads from `version` to this class's version.
         """
         if version == cls.message_version:
             return cls.model_validate_json(data)
         document = from_json(data)
         for number in range(version, cls.message_version):
-            document = cls.upcasters[number](document)
+            if (upcaster := cls.upcasters.get(number)) is None:
+                raise InvalidMessageError(f"{cls.message_type}: no upcaster from version {number}")
+            document = upcaster(document)
         return cls.model_validate_json(to_json(document))
 
     def to_data(self) -> bytes:

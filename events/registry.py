@@ -54,16 +54,22 @@ class Registry:
             return cls.from_data(envelope.data, envelope.version)
         except ValidationError as error:
             raise InvalidMessageError(_explain(error)) from error
-        except KeyError as error:
-            raise InvalidMessageError(f"{envelope.type}: no upcaster from version {error}") from error
+        except InvalidMessageError:
+            raise
         except Exception as error:  # an upcaster is user code: whatever it raises spoils its own message only
-            raise InvalidMessageError(f"{envelope.type}: upcaster failed: {error!r}") from error
+            # Its text may hold values.
+            raise InvalidMessageError(f"{envelope.type}: an upcaster raised {type(error).__name__}") from error
 
 
 def _explain(error: ValidationError) -> str:
     """Name the fields that do not fit, without their values: they may be secret."""
     lines = (
-        f"{'.'.join(map(str, e['loc'])) or 'data'}: {e['msg']}"
+        f"{'.'.join(map(str, e['loc'])) or 'data'}: {_without_tag(e['type'], e['msg'])}"
         for e in error.errors(include_url=False, include_input=False)
     )
     return f"{error.title}: {'; '.join(lines)}"[:_MAX_DETAIL]
+
+
+def _without_tag(kind: str, message: str) -> str:
+    """The one text of pydantic's that repeats the input is that of an unknown tag of a union."""
+    return "no such tag" if kind == "union_tag_invalid" else message

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from events.bus import Address, Bus, Delivery, Exchange, Outgoing
 from events.clock import Clock
 from events.codec import Limits, bundle_body
-from events.database import Bulk, delete_by_id, is_transient, transaction
+from events.database import Bulk, delete_by_id, is_transient, single_statements, transaction
 from events.errors import PublishError
 from events.failpoints import failpoint
 from events.ids import Ids, Random
@@ -151,6 +151,7 @@ class Relay:
         options: RelayOptions | None = None,
     ) -> None:
         self._engine = engine
+        self._single = single_statements(engine)
         self._bus = bus
         self._clock = clock
         self._ids = ids
@@ -273,7 +274,7 @@ class Relay:
             ids = list(self._confirmed)
             if not ids:
                 continue
-            async with transaction(self._engine) as connection:
+            async with self._single.begin() as connection:
                 await delete_by_id(connection, outbox, ids)
             for _ in ids:  # only now: after an error they are deleted again
                 self._confirmed.popleft()

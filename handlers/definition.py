@@ -40,7 +40,10 @@ class Retry:
 
     def bound(self, attempt: int) -> float:
         """Return the longest wait in seconds after the given attempt."""
-        return min(self.most, self.first * self.factor ** (attempt - 1))
+        try:
+            return min(self.most, self.first * self.factor ** (attempt - 1))
+        except OverflowError:
+            return self.most
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,19 @@ class Inbox:
             key: Recorded(key, reply, reply_to) for key, consumer, reply, reply_to in rows if consumer == self._consumer
         }
 
+    async def record_new(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> None:
+        """Record messages that nobody is expected to have recorded; a conflict is an error."""
+        await _insert.insert(connection, self._rows(handled, now))
+
     async def record(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> set[UUID]:
         """Record messages in the open transaction; return the keys of those that nobody had recorded before.
 
         Who loses the race for a key waits here for the winner's commit and then finds the key missing in the
         answer: its own work must not be committed.
         """
-        rows = [(entry.key, self._consumer, entry.reply, entry.reply_to, now) for entry in handled]
-        rows.sort(key=lambda row: row[0].int)  # one order for everybody: no deadlock between two batches
-        return set(await _insert.insert_new(connection, rows, key=("message_key", "consumer")))
+        return set(await _insert.insert_new(connection, self._rows(handled, now), key=("message_key", "consumer")))
+
+    def _rows(self, handled: Sequence[Recorded], now: datetime) -> list[tuple[object, ...]]:
+        """Return the rows in one order for everybody, so that two batches cannot deadlock."""
+        ordered = sorted(handled, key=lambda entry: entry.key.int)
+        return [(entry.key, self._consumer, entry.reply, entry.reply_to, now) for entry in ordered]

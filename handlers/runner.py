@@ -10,17 +10,18 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from typing import TypeVar
 from uuid import UUID
 
 from dishka import AsyncContainer
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from events.bus import Bus, Consumer
 from events.clock import Clock
 from events.codec import Limits, Readable
-from events.database import is_transient, transaction
+from events.database import is_transient, single_statements, together, transaction
 from events.dead_letters import DeadLetter, bury
 from events.envelope import Envelope, Result
 from events.errors import CoordinatorError
@@ -78,6 +79,7 @@ class HandlerRunner:
         self._handler = handler
         self._execution = Execution(handler, registry, source=source, container=container, clock=clock, random=random)
         self._engine = engine
+        self._single = single_statements(engine)
         self._bus = bus
         self._outbox = outbox
         self._inbox = Inbox(engine, handler.name)
@@ -327,16 +329,37 @@ class HandlerRunner:
             outcome.messages, outcome.reply = [], None
 
     async def _commit_together(self, outcomes: list[Outcome]) -> tuple[list[Outcome], AfterCommit]:
+        if self._engine.dialect.name == "postgresql":
+            try:
+                return outcomes, await self._commit_in_one_statement(outcomes)
+            except IntegrityError:
+                pass  # somebody has recorded one of them since it was looked up: find out which
         async with transaction(self._engine) as connection:
             result = await self._store(connection, outcomes)
             await failpoint("handler.before_commit")
         return result
 
+    async def _commit_in_one_statement(self, outcomes: list[Outcome]) -> AfterCommit:
+        """Record outcomes that nobody has recorded: inbox, dead letters and outbox in one trip to the database."""
+        now = self._clock.now()
+        async with self._single.connect() as connection, together(connection):
+            await self._inbox.record_new(connection, self._recorded(outcomes), now)
+            after_commit = await self._store_consequences(connection, outcomes, now)
+            await failpoint("handler.before_commit")
+        return after_commit
+
     async def _store(
         self, connection: AsyncConnection, outcomes: Sequence[Outcome]
     ) -> tuple[list[Outcome], AfterCommit]:
         """Record `outcomes` in the open transaction: inbox, dead letters, outbox. Returns those that were kept."""
-        new = [
+        new = self._recorded(outcomes)
+        now = self._clock.now()
+        fresh = await self._inbox.record(connection, new, now) if new else set()
+        kept = [outcome for outcome in outcomes if outcome.envelope is None or outcome.envelope.key in fresh]
+        return kept, await self._store_consequences(connection, kept, now)
+
+    def _recorded(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
+        return [
             Recorded(
                 outcome.envelope.key,
                 outcome.reply.encode(self._limits) if outcome.reply else None,
@@ -345,15 +368,16 @@ class HandlerRunner:
             for outcome in outcomes
             if outcome.envelope is not None
         ]
-        now = self._clock.now()
-        fresh = await self._inbox.record(connection, new, now) if new else set()
-        kept = [outcome for outcome in outcomes if outcome.envelope is None or outcome.envelope.key in fresh]
-        letters: list[DeadLetter] = [outcome.dead for outcome in kept if outcome.dead is not None]
+
+    async def _store_consequences(
+        self, connection: AsyncConnection, outcomes: Sequence[Outcome], now: datetime
+    ) -> AfterCommit:
+        letters: list[DeadLetter] = [outcome.dead for outcome in outcomes if outcome.dead is not None]
         if letters:
             await bury(connection, letters, ids=self._ids, now=now)
-        messages: list[Outbound] = [message for outcome in kept for message in outcome.messages]
-        settling = completed_by(outcome.item for outcome in kept)
-        return kept, await self._outbox.write(connection, messages, settling)
+        messages: list[Outbound] = [message for outcome in outcomes for message in outcome.messages]
+        settling = completed_by(outcome.item for outcome in outcomes)
+        return await self._outbox.write(connection, messages, settling)
 
     async def _until_database_answers(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do `work`; while the database is away, or wants it done again, do it again. No attempt is burned."""

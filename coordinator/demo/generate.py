@@ -2,25 +2,29 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-EVENTS = Path(__file__).parent / "events.jsonl"
+from coordinator.demo.run import EVENTS
+
 _EPOCH_MS = 1_790_000_000_000
 
 _FIRST = ("Ada", "Ben", "Chloe", "Dov", "Elif", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kira", "Luis", "Mia", "Noor")
 _LAST = ("Berg", "Costa", "Diaz", "Eriksen", "Fofana", "Garcia", "Haas", "Ito", "Jansen")
-# What goes wrong for the sign-up of this number; all others go well.
+# What is special about the sign-up of this number: see `coordinator/demo/services.py` for what comes of it.
 _SIGN_UPS: dict[int, dict[str, str]] = {
     3: {"user_name": "root"},
     6: {"domain": "nowhere.example"},
+    7: {"domain": "busy.example"},
     9: {"domain": "unwanted.example"},
     12: {"full_name": "Spam Bot"},
+    13: {"domain": "moody.example"},
     15: {"domain": "flaky.example"},
+    16: {"full_name": "Flaky Fiona"},
     18: {"domain": "broken.example"},
     21: {"user_name": "admin"},
     24: {"full_name": "Spam Factory"},
+    27: {"full_name": "Broken Bob"},
 }
 _ORDERS: dict[int, dict[str, Any]] = {
     4: {"sku": "unicorn"},
@@ -30,13 +34,13 @@ _ORDERS: dict[int, dict[str, Any]] = {
     20: {"card": "broken"},
     24: {"card": "vanishing"},
     28: {"address": "7 Flood Plain"},
+    30: {"address": "3 Fog Hill"},
     32: {"sku": "lamp", "quantity": 9000},
     36: {"card": "declined"},
     40: {"address": "2 Nowhere Lane"},
     44: {"card": "vanishing"},
 }
 SIGN_UPS, ORDERS = 30, 48
-STOCK = {"lamp": 500, "chair": 500, "table": 500, "unicorn": 0}
 
 
 def _id(kind: int, number: int) -> str:

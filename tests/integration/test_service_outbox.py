@@ -16,6 +16,7 @@ from events.outbox import ServiceOutbox
 from events.relay import Relay, RelayOptions
 from events.tables import outbox
 from tests.support.flows import (
+    PATIENCE,
     ChargeCard,
     FakeBus,
     ManualClock,
@@ -149,14 +150,25 @@ async def test_the_relay_wakes_after_the_commit(engine: AsyncEngine, bus: FakeBu
     await until(nothing_left)
 
 
-@pytest.mark.usefixtures("relay")
-async def test_the_relay_wakes_after_the_commit_of_what_was_added_in_a_savepoint(
-    engine: AsyncEngine, bus: FakeBus, shop: ServiceOutbox
+async def test_a_savepoint_does_not_wake_the_relay_but_the_commit_after_it(
+    engine: AsyncEngine, relay: Relay, shop: ServiceOutbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLAlchemy reports the release of a savepoint as a commit, too; the relay once took it for the real one."""
-    async with AsyncSession(engine) as session, session.begin(), session.begin_nested():
-        shop.add(session, OrderPlaced(order="1"))
-    await bus.seen(1)
+    woken = asyncio.Event()
+
+    async def sweep() -> int:
+        woken.set()
+        return 0
+
+    monkeypatch.setattr(relay, "sweep", sweep)
+    async with AsyncSession(engine) as session, session.begin():
+        async with session.begin_nested():
+            shop.add(session, OrderPlaced(order="1"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not woken.is_set()
+    async with asyncio.timeout(PATIENCE):
+        await woken.wait()
 
 
 @pytest.mark.parametrize(("order", "error"), [("x" * 300_000, TooLargeError), ("NUL \0", InvalidMessageError)])

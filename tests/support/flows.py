@@ -31,7 +31,7 @@ from handlers.definition import Handler
 from handlers.runner import HandlerRunner
 from handlers.tables import inbox
 
-PATIENCE = 8  # seconds before a test gives up on something that must happen
+PATIENCE = 30  # seconds before a test gives up on something that must happen
 START = datetime(2026, 1, 1, tzinfo=UTC)
 REPLY_TO = "tests"
 SOURCE = "/tests"
