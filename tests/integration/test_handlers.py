@@ -690,7 +690,7 @@ async def test_unreadable_parts_are_kept_byte_for_byte_and_the_rest_goes_on(stag
     assert await stage.effects() == ["good"]
 
 
-@pytest.mark.parametrize("body", [b"", b"\xef\xbb\xbf[]", b"[", b"\0", b"\xff\xfe", b'[{"id":NaN}]', b"x" * 300_000])
+@pytest.mark.parametrize("body", [b"", b"\xef\xbb\xbf[]", b"[", b"\0", b"\xff\xfe", b'{"id":NaN}', b"x" * 300_000])
 async def test_a_body_that_is_no_json_is_kept_byte_for_byte(stage: Stage, body: bytes) -> None:
     await stage.start(keep)
     await stage.send_raw("charge.card", body)
@@ -862,7 +862,7 @@ async def test_a_connection_that_the_server_ends_before_the_commit_costs_nothing
         async def end_all_others() -> None:
             statement = (
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state = 'idle in transaction'"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state LIKE 'idle%'"
             )
             if not ended:
                 async with transaction(stage.engine) as connection:

@@ -162,7 +162,7 @@ class World:
 
     Handlers record the commands that they have answered and answer a duplicate with the same words; their effects
     happen once for each idempotency key. A fenced handler also refuses a command whose compensation it has seen;
-    where handlers are not fenced, no message is lost for good.
+    where handlers are not fenced, no message is lost for good and no dead letter is replayed.
     """
 
     shape: Shape
@@ -239,7 +239,7 @@ class World:
         result = self.inbox.get(request.id)
         if result is None:
             result = self.execute(request)
-            if result is not Result.FAILED:  # a dead letter may be replayed, and runs again
+            if result is not Result.FAILED or not self.shape.fenced:  # a dead letter may be replayed, and runs again
                 self.inbox[request.id] = result
         self.messages += 1
         told = Told(step=request.step)
@@ -253,6 +253,8 @@ class World:
         if request.direction is DO and undo_key in self.refused:
             return Result.DECLINED
         answer = next(self.answers, 0)
+        if answer == 1 and key in self.effects:  # the third party knows the key: it is done, so nobody says no
+            answer = 0
         if answer in (2, 3) or (answer == 1 and request.direction is DO):
             if answer == 3:  # done, and then broken before anybody heard of it
                 self.have_effect(request, key)

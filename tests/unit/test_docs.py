@@ -1,6 +1,8 @@
 """The code in the documentation runs and prints what the page says."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_the_tutorial_prints_what_it_says(
 def test_the_readme_example_is_a_whole_application(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     run(ROOT / "README.md")
+
+
+def test_the_example_sells_one_of_two_tickets_for_a_seat() -> None:
+    command = [sys.executable, "examples/box_office.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.splitlines() == [
+        "not sold: charge declined: the card was reported stolen",
+        "not sold: hold declined: seat A1 is taken",
+        "sold",
+    ]
 
 
 def test_links_between_pages_lead_somewhere() -> None:
