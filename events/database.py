@@ -114,15 +114,18 @@ def _processors(columns: tuple[Column[Any], ...], dialect: Dialect) -> tuple[Cal
     return tuple(column.type._cached_bind_processor(dialect) for column in columns)  # noqa: SLF001
 
 
-def _bound(columns: tuple[Column[Any], ...], rows: Iterable[Row], dialect: Dialect) -> list[Row]:
-    """Turn Python values into driver values, as SQLAlchemy itself would."""
-    processors = _processors(columns, dialect)
-    if not any(processors):
-        return list(rows)
+def _bound_columns(columns: tuple[Column[Any], ...], rows: Sequence[Row], dialect: Dialect) -> list[Sequence[Any]]:
+    """Turn Python values into driver values, as SQLAlchemy itself would; return an array for each column."""
+    arrays: Iterable[Sequence[Any]] = zip(*rows, strict=True) if rows else [()] * len(columns)
     return [
-        tuple(value if process is None else process(value) for process, value in zip(processors, row, strict=True))
-        for row in rows
+        values if process is None else [process(value) for value in values]
+        for process, values in zip(_processors(columns, dialect), arrays, strict=True)
     ]
+
+
+def _bound(columns: tuple[Column[Any], ...], rows: Sequence[Row], dialect: Dialect) -> list[Row]:
+    """Turn Python values into driver values; return the rows."""
+    return list(zip(*_bound_columns(columns, rows, dialect), strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -185,7 +188,7 @@ class Bulk:
 
     def arrays(self, rows: Sequence[Row], dialect: Dialect) -> tuple[Any, ...]:
         """Return an array for each column."""
-        return tuple(list(column) for column in zip(*_bound(self._columns, rows, dialect), strict=True))
+        return tuple(_bound_columns(self._columns, rows, dialect))
 
     async def insert(self, connection: AsyncConnection, rows: Sequence[Row]) -> None:
         """Insert `rows`; a conflict is an error. Within `together` they are inserted at the end of its block."""

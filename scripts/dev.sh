@@ -39,7 +39,7 @@ install_locked() {
   sed -n '/^uv==/,/[^\\]$/p' requirements.lock >.venv/uv.lock
   sed '/^uv==/,/[^\\]$/d' requirements.lock >.venv/others.lock
   if .venv/bin/python -m pip install -q --require-hashes --only-binary :all: -r .venv/uv.lock &&
-    .venv/bin/uv pip install -q --require-hashes -r .venv/others.lock; then
+    .venv/bin/uv pip install -q --compile-bytecode --require-hashes -r .venv/others.lock; then
     return
   fi >.venv/uv.log 2>&1
   .venv/bin/python -m pip install -q --require-hashes -r .venv/others.lock

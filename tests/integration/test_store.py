@@ -17,7 +17,7 @@ from coordinator.store import StaleRevisionError, Store
 from events.database import open_database, transaction
 from events.envelope import Direction, Result
 from events.ids import TimeOrderedIds
-from tests.support.flows import START, ManualClock, until
+from tests.support.flows import PATIENCE, START, ManualClock, until
 
 KNOWN = [("trip", 1), ("trip", 2), ("order", 1)]
 TRICKY = "Zoë 😀 中文 \u2028 \x01 \x7f ' \" \\ \\u0000 $1 %s :name ?"
@@ -161,7 +161,7 @@ async def test_a_large_state_comes_back_as_it_was(store: Store) -> None:
     assert await load(store, large) == by_id(larger)
 
 
-@pytest.mark.parametrize("number", [6.02214076e23, 1e-9, 1.7976931348623157e308, 5e-324, 0.1, 12345678.9])
+@pytest.mark.parametrize("number", [1e-9, 5e-324, 0.1, -12345678.9, 9007199254740994.0])
 async def test_a_float_comes_back_as_it_was(store: Store, number: float) -> None:
     measured = made(state={"amount": number})
     await insert(store, measured)
@@ -377,7 +377,7 @@ async def test_deadlines_count_on_the_clock_of_the_database(shared: Store) -> No
 async def test_two_who_claim_at_once_get_different_instances_and_neither_waits(shared: Store) -> None:
     instances = [made(f"k-{number}", due_at=START - LATER * number) for number in range(10)]
     await insert(shared, *instances)
-    async with shared.engine.connect() as one, shared.engine.connect() as two:
+    async with asyncio.timeout(PATIENCE), shared.engine.connect() as one, shared.engine.connect() as two:
         await shared.load(two, [instances[0].id])  # somebody decides on a reply
         first = await shared.claim_due(one, KNOWN, 6)
         second = await shared.claim_due(two, KNOWN, 100)

@@ -1,0 +1,626 @@
+"""What the coordinator's engine does with what it is given: on both databases, and side by side on PostgreSQL."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, suppress
+from itertools import count
+from typing import Any, Self
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from coordinator.definition import Saga, sequence, starts_on, step
+from coordinator.engine import Engine
+from coordinator.instance import Instance, Status, StepStatus
+from coordinator.store import StaleRevisionError, Store
+from coordinator.tables import saga_history, saga_instance
+from events.codec import Limits, bundle_body
+from events.database import open_database, transaction
+from events.envelope import Direction, Envelope, Result, SagaLink, wrap
+from events.errors import TooLargeError
+from events.failpoints import armed
+from events.ids import TimeOrderedIds
+from events.message import Command, Failed, Message, Refused, Succeeded
+from events.tables import dead_letter, outbox
+from tests.support.flows import (
+    PATIENCE,
+    START,
+    FakeBus,
+    FakeDelivery,
+    ManualClock,
+    count_rows,
+    envelopes,
+    make_relay,
+    open_store,
+    until,
+)
+from tests.support.sagas import BookHotel, CancelHotel, FlightBooked, FlightFull, Trip, TripWanted
+
+BY_HAND = 1e6  # seconds between looks for deadlines: the tests look themselves
+DATABASE_PAUSE = 0.5
+SMALL = Limits(body=4000)  # what the outbox takes
+
+_numbers = count()
+
+
+class NewTrip(Saga, name="trip", version=2):
+    """A trip that needs nothing but a hotel."""
+
+    trip: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(trip=event.trip)
+
+    @step
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip)
+
+    flow = sequence(hotel)
+
+
+class Measured(Trip, name="measured"):
+    amount: float = 6.02214076e23
+
+
+class Blob(Command):
+    """Only bytes that are UTF-8 can be written as JSON."""
+
+    data: bytes
+
+
+class Odd(Saga):
+    """A saga whose key says which of its commands cannot be sent."""
+
+    trip: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(trip=event.trip)
+
+    @step(timeout=10)
+    def hotel(self) -> Command:
+        return Blob(data=b"\xff") if self.trip == "bad first" else BookHotel(trip=self.trip)
+
+    @hotel.compensation
+    def cancel_hotel(self) -> Command:
+        if self.trip == "bad undo":
+            return Blob(data=b"\xff")
+        return CancelHotel(trip="x" * SMALL.body if self.trip == "large undo" else self.trip)
+
+    @step
+    def flight(self) -> Blob:
+        return Blob(data=b"\xff")
+
+    flow = sequence(hotel, flight)
+
+
+class Coordinator:
+    """An engine with a bus and an outbox of its own; what it sends stays in the outbox's table."""
+
+    def __init__(
+        self, engine: AsyncEngine, clock: ManualClock, sagas: Iterable[type[Saga]], timer_every: float
+    ) -> None:
+        self.bus = FakeBus()
+        self.clock = clock
+        self.timer_every = timer_every
+        self.store = Store(engine, clock)
+        self.engine = Engine(
+            [saga.definition for saga in sagas],
+            source="/tests/coordinator",
+            engine=engine,
+            store=self.store,
+            bus=self.bus,
+            outbox=make_relay(engine, self.bus, clock, limits=SMALL),
+            clock=clock,
+            ids=TimeOrderedIds(),
+            limits=Limits(),
+            timer_every=self.timer_every,
+        )
+
+    async def start(self) -> None:
+        await self.bus.declare(self.engine.queues)
+        await self.engine.start()
+        await self.clock.asleep(self.timer_every)  # the first look for deadlines is over
+
+    def give(self, *messages: Envelope | bytes, redelivered: bool = False) -> FakeDelivery:
+        """Deliver a bundle; all that is given before the next await is one batch."""
+        parts = [each.encode() if isinstance(each, Envelope) else each for each in messages]
+        delivery = FakeDelivery(bundle_body(parts), redelivered=redelivered)
+        self.bus.put("coordinator.events", delivery)
+        return delivery
+
+    async def take(self, *messages: Envelope | bytes) -> None:
+        """Deliver a bundle and wait until it is acknowledged."""
+        self.give(*messages)
+        await self.settled()
+
+    async def settled(self) -> None:
+        async def all_acknowledged() -> bool:
+            return all(delivery.acks for delivery in self.bus.deliveries)
+
+        await until(all_acknowledged)
+
+
+class World:
+    """A database and what the coordinators on it have written."""
+
+    def __init__(self, url: str, engine: AsyncEngine, stack: AsyncExitStack) -> None:
+        self.url = url
+        self.engine = engine
+        self.clock = ManualClock()
+        self._stack = stack
+
+    async def coordinator(
+        self, *sagas: type[Saga], apart: bool = False, timer_every: float | None = None
+    ) -> Coordinator:
+        """A running coordinator of `Trip` by default; with `apart` it has its own connections."""
+        engine = open_database(self.url) if apart else self.engine
+        self._stack.push_async_callback(engine.dispose)
+        made = Coordinator(engine, self.clock, sagas or [Trip], timer_every or BY_HAND + next(_numbers))
+        self._stack.push_async_callback(made.engine.stop)
+        await made.start()
+        return made
+
+    async def instance(self, key: str = "t-1") -> Instance:
+        [found] = await Store(self.engine, self.clock).find(key)
+        return found
+
+    async def history(self, key: str = "t-1") -> list[str]:
+        """The kinds of all transitions of an instance, whose revisions have no gap."""
+        rows = await Store(self.engine, self.clock).history((await self.instance(key)).id)
+        assert [row.revision for row in rows] == list(range(1, len(rows) + 1))
+        return [row.kind for row in rows]
+
+    async def sent(self, type: str | None = None) -> list[Envelope]:
+        async with transaction(self.engine) as connection:
+            bodies = (await connection.execute(outbox.select())).all()
+        found = [envelope for row in bodies for envelope in envelopes(bundle_body([row.body]))]
+        return [envelope for envelope in found if type in (None, envelope.type)]
+
+    async def dead(self) -> dict[bytes, str]:
+        """The reasons of all dead letters, by their bytes."""
+        async with transaction(self.engine) as connection:
+            rows = (await connection.execute(dead_letter.select())).all()
+        assert all(row.consumer == "coordinator" for row in rows)
+        assert len({row.body for row in rows}) == len(rows)
+        return {row.body: row.reason for row in rows}
+
+    async def set_state(self, key: str, state: dict[str, Any]) -> None:
+        """Write a state that no version of the saga has written."""
+        async with transaction(self.engine) as connection:
+            await connection.execute(saga_instance.update().where(saga_instance.c.key == key).values(state=state))
+
+
+@pytest.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    async with open_store(database_url) as engine, AsyncExitStack() as stack:
+        yield World(database_url, engine, stack)
+
+
+@pytest.fixture
+async def shared(pg_url: str) -> AsyncIterator[World]:
+    async with open_store(pg_url) as engine, AsyncExitStack() as stack:
+        yield World(pg_url, engine, stack)
+
+
+def envelope_of(message: Message, saga: SagaLink | None = None) -> Envelope:
+    return wrap(message, id=f"m-{next(_numbers)}", source="/tests", time=START, saga=saga)
+
+
+def wanted(trip: str = "t-1", *faults: str) -> Envelope:
+    return envelope_of(TripWanted(trip=trip, faults=faults))
+
+
+def reply(
+    saga_id: UUID,
+    step_name: str,
+    outcome: Message | None = None,
+    result: Result | None = Result.SUCCEEDED,
+    direction: Direction = Direction.DO,
+) -> Envelope:
+    return envelope_of(outcome or Succeeded(), SagaLink(saga_id, step_name, direction, 1, result))
+
+
+def actions(caplog: pytest.LogCaptureFixture, level: int = logging.NOTSET) -> list[str]:
+    return [getattr(record, "action", "") for record in caplog.records if record.levelno >= level]
+
+
+def failing(*errors: Exception) -> Callable[[], Awaitable[None]]:
+    """What a fail point does that raises these errors, one each time."""
+    left = list(errors)
+
+    async def act() -> None:
+        if left:
+            raise left.pop(0)
+
+    return act
+
+
+class Hold:
+    """What a fail point does that stands still: until the test lets go, or its task is cancelled."""
+
+    def __init__(self) -> None:
+        self._reached = asyncio.Event()
+        self._released = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self._reached.set()
+        await self._released.wait()
+
+    async def reached(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await self._reached.wait()
+
+    def release(self) -> None:
+        self._released.set()
+
+
+# Batches
+
+
+async def test_many_starts_and_replies_are_one_transaction(world: World) -> None:
+    coordinator = await world.coordinator()
+    commits: list[object] = []
+    event.listen(world.engine.sync_engine, "commit", commits.append)
+    await coordinator.take(*(wanted(f"a-{number}") for number in range(50)))
+    assert len(commits) == 1
+
+    hotels = [each.saga for each in await world.sent("book.hotel")]
+    commits.clear()
+    coordinator.give(*(wanted(f"b-{number}") for number in range(50)))
+    coordinator.give(*(reply(hotel.saga_id, "hotel") for hotel in hotels if hotel))
+    await coordinator.settled()
+    assert len(commits) == 1
+    assert len(await world.sent("book.flight")) == 50
+    assert len(await world.sent("book.hotel")) == 100
+    assert await coordinator.store.count_in_flight() == 100
+    assert await count_rows(world.engine, saga_history) == 150
+
+
+async def test_duplicate_starts_make_one_instance(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """In one message, in one batch, and in a later batch; redelivered with the same id, or sent anew."""
+    coordinator = await world.coordinator()
+    first = wanted()
+    with caplog.at_level(logging.INFO, "coordinator"):
+        coordinator.give(first, first, wanted("t-2"))
+        coordinator.give(wanted())
+        await coordinator.settled()
+        await coordinator.take(first, wanted("t-3"), wanted())
+    assert actions(caplog) == ["saga.duplicate_start"] * 4
+    assert await world.history() == await world.history("t-2") == await world.history("t-3") == ["started"]
+    assert len(await world.sent("book.hotel")) == len(await world.sent()) == 3
+    assert await count_rows(world.engine, saga_instance) == 3
+    assert await world.dead() == {}
+
+
+async def test_several_replies_to_one_saga_in_one_batch_are_taken_in_order(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted())
+    saga = (await world.instance()).id
+    hotel, flight = reply(saga, "hotel"), reply(saga, "flight", FlightBooked(ticket="T1"))
+    coordinator.give(hotel, hotel, flight)
+    coordinator.give(reply(saga, "payment"))
+    await coordinator.settled()
+    done = await world.instance()
+    assert (done.status, done.state["ticket"], done.due_at) == (Status.COMPLETED, "T1", None)
+    assert await world.history() == ["started", "reply", "late_reply", "reply", "reply"]
+    assert {each.type for each in await world.sent()} == {"book.hotel", "book.flight", "pay.trip", "trip.ready"}
+
+
+async def test_what_cannot_be_taken_is_kept_byte_for_byte_while_the_rest_goes_on(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted())
+    saga = (await world.instance()).id
+    newer = wanted("newer")
+    newer.version = 2
+    odd = newer.encode().replace(b'"specversion":"1.0"', b'"specversion" : "0.3" ')
+    rejected: dict[bytes, str] = {
+        reply(uuid4(), "hotel").encode(): "unknown_saga",
+        reply(saga, "hotel", result=None).encode(): "invalid",
+        reply(saga, "flight", FlightFull(trip="t-1", reason="full")).encode(): "invalid",
+        envelope_of(FlightFull(trip="t-1", reason="no start")).encode(): "unknown_saga",
+        envelope_of(Refused(reason="nobody asked")).encode(): "unknown_saga",
+        envelope_of(Succeeded()).encode(): "unknown_type",
+        newer.encode(): "newer_version",
+        wanted("x").encode().replace(b'"trip":"x"', b'"trip": 7 '): "invalid",
+        wanted("broken", "wanted").encode(): "failed",
+        wanted("").encode(): "failed",
+        odd: "malformed",
+        b'{"no" : "event", "text": "\xc3\xa9"}': "malformed",
+    }
+    coordinator.give(wanted("t-2"), *rejected, reply(saga, "hotel"))
+    whole = FakeDelivery(b'\xff[{"cut', headers={"x-odd": b"\0\xff", "number": 7})
+    coordinator.bus.put("coordinator.replies", whole)
+    await coordinator.settled()
+
+    assert await world.dead() == {**rejected, whole.body: "malformed"}
+    assert await world.history() == ["started", "reply"]
+    assert await world.history("t-2") == ["started"]
+    assert await count_rows(world.engine, saga_instance) == 2
+    assert sorted(each.type for each in await world.sent()) == ["book.flight", "book.hotel", "book.hotel"]
+
+
+async def test_one_message_whose_consequences_cannot_be_stored_does_not_spoil_its_batch(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The outbox refuses the command: the batch is split, and the culprit is buried."""
+    coordinator = await world.coordinator()
+    culprit = wanted("x" * SMALL.body)
+    one = coordinator.give(wanted(), culprit, wanted("t-2"))
+    two = coordinator.give(wanted("t-3"))
+    await coordinator.settled()
+    assert actions(caplog) == ["engine.batch_split", "engine.rejected"]
+    assert await world.dead() == {culprit.encode(): "too_large"}
+    assert await count_rows(world.engine, saga_instance) == len(await world.sent("book.hotel")) == 3
+    assert (one.acks, two.acks) == (1, 1)
+
+
+# Commits
+
+
+@pytest.mark.parametrize("error", [OSError("the connection is lost"), TimeoutError(), StaleRevisionError()], ids=repr)
+async def test_a_batch_is_tried_again_until_the_database_takes_it(
+    world: World, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator()
+    with armed("engine.before_commit", failing(error, error)):
+        delivery = coordinator.give(wanted(), wanted("t-2"))
+        for _ in range(2):
+            await world.clock.asleep(DATABASE_PAUSE)
+            assert delivery.acks == 0
+            assert await world.sent() == []
+            world.clock.advance(DATABASE_PAUSE)
+        await coordinator.settled()
+    assert actions(caplog) == ["engine.batch_retried"] * 2
+    assert await world.history() == await world.history("t-2") == ["started"]
+    assert len(await world.sent()) == 2
+    assert await world.dead() == {}
+
+
+@pytest.mark.parametrize("committed", [False, True], ids=["before the commit", "after the commit"])
+async def test_nothing_is_acknowledged_before_its_commit_and_a_crash_costs_and_repeats_nothing(
+    world: World, committed: bool
+) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted("old"))
+    saga = (await world.instance("old")).id
+    messages: list[Envelope | bytes] = [wanted(), reply(saga, "hotel"), b"{}"]
+    crash = Hold()
+    with armed("engine.after_commit" if committed else "engine.before_commit", crash):
+        delivery = coordinator.give(*messages)
+        await crash.reached()
+        assert delivery.acks == 0
+        await coordinator.engine.stop()
+    assert delivery.acks == 0
+    assert await count_rows(world.engine, saga_instance) == (2 if committed else 1)
+    assert len(await world.sent("book.flight")) == len(await world.dead()) == committed
+
+    successor = await world.coordinator()
+    successor.give(*messages[:2], redelivered=True)
+    await successor.settled()
+    assert await world.history() == ["started"]
+    assert await world.history("old") == (["started", "reply", "late_reply"] if committed else ["started", "reply"])
+    assert len(await world.sent("book.flight")) == 1
+    assert len(await world.sent("book.hotel")) == 2
+
+
+async def test_i10_two_coordinators_that_get_the_same_replies_take_each_once(shared: World) -> None:
+    """The second waits for the first one's rows, then finds that its replies come late."""
+    one, two = await shared.coordinator(apart=True), await shared.coordinator(apart=True)
+    keys = [f"t-{number}" for number in range(20)]
+    await one.take(*(wanted(key) for key in keys))
+    replies = [reply((await shared.instance(key)).id, "hotel") for key in keys]
+
+    async def somebody_waits() -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        async with transaction(shared.engine) as connection:
+            return bool((await connection.execute(text(query))).scalar_one())
+
+    first_commit = iter([True])
+
+    async def wait_for_the_other() -> None:
+        if next(first_commit, False):
+            await until(somebody_waits)
+
+    with armed("engine.before_commit", wait_for_the_other):
+        one.give(*replies)
+        two.give(*reversed(replies), wanted("t-0"))
+        await one.settled()
+        await two.settled()
+    for key in keys:
+        assert await shared.history(key) == ["started", "reply", "late_reply"]
+    assert len(await shared.sent("book.flight")) == len(keys)
+    assert await count_rows(shared.engine, saga_instance) == len(keys)
+
+
+# Deadlines
+
+
+async def test_i12_a_deadline_is_acted_on_once_and_not_before_it_is_due(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted(), wanted("t-2"))
+    saga = (await world.instance("t-2")).id
+    world.clock.advance(5)
+    await coordinator.take(reply(saga, "hotel"))  # its next deadline is 20 s away
+    world.clock.advance(4.999)
+    assert await coordinator.engine.fire_timers() == 0
+    world.clock.advance(0.001)
+    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.fire_timers() == 0
+    assert await world.history() == ["started", "deadline"]
+    assert await world.history("t-2") == ["started", "reply"]
+    assert (await world.instance()).steps["hotel"].status is StepStatus.UNDOING
+    [undo] = await world.sent("cancel.hotel")
+    assert undo.correlation_id == str((await world.instance()).id)
+
+
+async def test_i12_two_coordinators_that_look_at_once_act_on_a_deadline_once(shared: World) -> None:
+    one, two = await shared.coordinator(apart=True), await shared.coordinator(apart=True)
+    await one.take(*(wanted(f"t-{number}") for number in range(10)))
+    shared.clock.advance(10)
+    hold = Hold()
+    with armed("engine.timers_claimed", hold):
+        firing = asyncio.create_task(one.engine.fire_timers())
+        await hold.reached()
+        async with asyncio.timeout(PATIENCE):
+            assert await two.engine.fire_timers() == 0
+        hold.release()
+        assert await firing == 10
+    assert await two.engine.fire_timers() == 0
+    assert await shared.history("t-0") == ["started", "deadline"]
+    assert len(await shared.sent("cancel.hotel")) == 10
+
+
+async def test_the_coordinator_looks_for_deadlines_itself_also_after_the_database_was_away(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator(timer_every=10)
+    await coordinator.take(wanted())
+    with armed("engine.timers_claimed", failing(OSError("away"), StaleRevisionError())):
+        for failures in (1, 2, 2):
+            assert await world.sent("cancel.hotel") == []
+            await world.clock.pass_sleep(10)
+            await world.clock.asleep(10)
+            assert actions(caplog) == ["engine.database_away"] * failures
+    assert len(await world.sent("cancel.hotel")) == 1
+    assert await world.history() == ["started", "deadline"]
+
+
+async def test_an_instance_whose_state_cannot_be_read_any_more_needs_attention(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted(), wanted("t-2"))
+    await world.set_state("t-1", {"trip": "t-1", "of_another_release": True})
+    late = reply((await world.instance()).id, "hotel")
+    await coordinator.take(late)
+    assert await world.dead() == {late.encode(): "failed"}
+
+    caplog.clear()
+    world.clock.advance(10)
+    assert await coordinator.engine.fire_timers() == 2
+    stuck = await world.instance()
+    assert (stuck.status, stuck.due_at) == (Status.NEEDS_ATTENTION, None)
+    assert (stuck.reason or "").startswith("Trip cannot read its state")
+    assert actions(caplog, logging.ERROR) == ["saga.unreadable", "saga.needs_attention"]
+    assert await world.history() == ["started", "given_up"]
+    assert await world.history("t-2") == ["started", "deadline"]
+    world.clock.advance(1000)
+    assert await coordinator.engine.fire_timers() == 1
+
+
+async def test_a_saga_of_a_version_that_is_not_part_of_the_application_is_left_alone(world: World) -> None:
+    newer = await world.coordinator(NewTrip, Trip)
+    await newer.take(wanted())
+    before = await world.instance()
+    assert before.version == 2, "starts go to the newest version"
+    await newer.engine.stop()
+
+    older, both = await world.coordinator(Trip), await world.coordinator(Trip, NewTrip)
+    world.clock.advance(1000)
+    assert await older.engine.fire_timers() == 0
+    answer = reply(before.id, "hotel")
+    await older.take(answer, wanted("t-2"))
+    assert await world.dead() == {answer.encode(): "unknown_saga"}
+    assert await world.instance() == before
+    assert (await world.instance("t-2")).version == 1
+
+    await both.take(answer, reply((await world.instance("t-2")).id, "hotel"))
+    assert (await world.instance()).status is Status.COMPLETED
+    assert len(await world.sent("book.flight")) == 1
+
+
+# What is sent and said
+
+
+async def test_i15_what_is_sent_names_its_saga_and_its_cause(world: World) -> None:
+    coordinator = await world.coordinator()
+    start = wanted()
+    await coordinator.take(start)
+    saga = (await world.instance()).id
+    causes = {"book.hotel": start.id}
+    for step_name, outcome, caused in (
+        ("hotel", Succeeded(), "book.flight"),
+        ("flight", FlightBooked(ticket="T1"), "pay.trip"),
+        ("payment", Succeeded(), "trip.ready"),
+    ):
+        answer = reply(saga, step_name, outcome)
+        causes[caused] = answer.id
+        await coordinator.take(answer)
+
+    sent = {each.type: each for each in await world.sent()}
+    assert {name: each.causation_id for name, each in sent.items()} == causes
+    assert {each.correlation_id for each in sent.values()} == {str(saga)}
+    assert {each.source for each in sent.values()} == {"/tests/coordinator"}
+    assert sent.pop("trip.ready").saga is None
+    for name, step_name in (("book.hotel", "hotel"), ("book.flight", "flight"), ("pay.trip", "payment")):
+        assert sent[name].saga == SagaLink(saga, step_name, Direction.DO, 1)
+        assert sent[name].reply_to == "coordinator"
+
+
+async def test_a_saga_that_needs_attention_is_an_error_in_the_log_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted())
+    saga = (await world.instance()).id
+    out_of_order = Failed(code="failed", reason="out of order", attempts=5)
+    await coordinator.take(
+        reply(saga, "hotel"),
+        reply(saga, "flight", FlightFull(trip="t-1", reason="sold out"), Result.DECLINED),
+        reply(saga, "hotel", out_of_order, Result.FAILED, Direction.UNDO),
+        reply(saga, "payment"),
+    )
+    assert (await world.instance()).status is Status.NEEDS_ATTENTION
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "flight declined: sold out" in record.getMessage()
+    assert {"action": "saga.needs_attention", "saga": "trip", "saga_id": str(saga)}.items() <= vars(record).items()
+
+
+# Commands that cannot be sent
+
+
+@pytest.mark.xfail(
+    strict=True, reason="engine.py: _decide and _take_event store the transition, then make its messages"
+)
+@pytest.mark.parametrize("key", ["bad first", "bad second"])
+async def test_a_message_is_either_taken_or_a_dead_letter_but_never_half_of_both(world: World, key: str) -> None:
+    coordinator = await world.coordinator(Odd)
+    await coordinator.take(wanted(key))
+    if key == "bad second":
+        await coordinator.take(reply((await world.instance(key)).id, "hotel"))
+    transitions = await count_rows(world.engine, saga_history) - (key == "bad second")
+    assert transitions + len(await world.dead()) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="engine.py: fire_timers writes all deadlines or none, and never buries a culprit"
+)
+@pytest.mark.parametrize("key", ["large undo", "bad undo"])
+async def test_one_saga_whose_deadline_cannot_be_stored_does_not_hold_up_all_others(world: World, key: str) -> None:
+    coordinator = await world.coordinator(Odd)
+    await coordinator.take(wanted(key), wanted("t-2"))
+    world.clock.advance(10)
+    for _ in range(2):
+        with suppress(TooLargeError, DBAPIError):
+            await coordinator.engine.fire_timers()
+    assert await world.history("t-2") == ["started", "deadline"]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="decide.py: _is_unchanged compares with the state as JSONB has rounded its types"
+)
+async def test_a_large_float_in_the_state_does_not_turn_a_saga_back(shared: World) -> None:
+    coordinator = await shared.coordinator(Measured)
+    await coordinator.take(wanted())
+    await coordinator.take(reply((await shared.instance()).id, "hotel"))
+    assert (await shared.instance()).reason is None
+    assert len(await shared.sent("book.flight")) == 1
