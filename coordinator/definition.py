@@ -14,6 +14,8 @@ from events.message import Command, Event, Message
 
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_UNDO_RESENDS = 5
+_LONGEST = 10 * 366 * 86_400.0  # seconds: ten years
+_MOST_RESENDS = 100
 
 HookT = TypeVar("HookT", bound="Hook")
 _name_pattern = re.compile(r"[a-z][a-z0-9_]{0,99}")
@@ -33,12 +35,14 @@ class Deadline:
     resends: int
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0 or self.resends < 0:
-            raise DefinitionError("a timeout must be positive and resends not negative")
+        if not 0 < self.timeout <= _LONGEST or not 0 <= self.resends <= _MOST_RESENDS:
+            raise DefinitionError(
+                f"a timeout must be positive and resends not negative, {_LONGEST:.0f} s and {_MOST_RESENDS} at most"
+            )
 
     def wait(self, sends: int) -> float:
         """Return the seconds to wait after the given number of sends."""
-        return self.timeout * 2.0 ** (sends - 1)
+        return min(_LONGEST, self.timeout * 2.0 ** (sends - 1))
 
 
 class Hook:
@@ -123,7 +127,7 @@ class Step(Hook):
         def decorate(function: Callable[..., Any]) -> Hook:
             hook = Hook(function)
             self.undo = self._once(self.undo, hook)
-            self.undo_deadline = Deadline(timeout or self.deadline.timeout, resends)
+            self.undo_deadline = Deadline(self.deadline.timeout if timeout is None else timeout, resends)
             return hook
 
         return decorate if function is None else decorate(function)
@@ -282,6 +286,9 @@ def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:
     assert isinstance(flow, Sequence)  # noqa: S101  # told to the type checker; required above
     _require(bool(flow.steps), cls, "its flow is empty")
     _require(len(set(flow.steps)) == len(flow.steps), cls, "a step stands twice in its flow")
+    _require(
+        len({each.name for each in flow.steps}) == len(flow.steps), cls, "two steps of its flow have the same name"
+    )
     if unused := [each.name for each in steps if each not in flow.steps]:
         _require(False, cls, f"{', '.join(unused)} is not in its flow")
     _require(len(on_completed) <= 1 and len(on_compensated) <= 1, cls, "it has two endings of the same kind")

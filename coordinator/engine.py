@@ -8,6 +8,7 @@ from uuid import UUID
 
 from opentelemetry.trace import SpanKind
 from pydantic_core import from_json
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.decide import (
@@ -24,15 +25,16 @@ from coordinator.decide import (
 )
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance, Status
-from coordinator.store import HistoryRow, StaleRevisionError, Store
+from coordinator.store import HistoryRow, Store
 from events import tracing
+from events.bulk import together
 from events.bus import Address, Bus, Consumer, Exchange, Queue
 from events.clock import Clock
 from events.codec import Limits, Readable
-from events.database import is_transient, together, transaction
+from events.database import is_transient, single_statements, transaction
 from events.dead_letters import DeadLetter, bury
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
-from events.errors import CoordinatorError, InvalidMessageError, RejectedError
+from events.errors import CoordinatorError, InvalidMessageError, RejectedError, StaleRowError
 from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import Intake, Item, completed_by, settle
@@ -103,6 +105,7 @@ class Engine:
                         self._registry.add(hook.outcome)
         self._source = source
         self._engine = engine
+        self._single = single_statements(engine)
         self._store = store
         self._bus = bus
         self._outbox = outbox
@@ -144,7 +147,7 @@ class Engine:
             try:
                 after_commit = await self._apply(items)
             except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop the others
-                if is_transient(error) or isinstance(error, StaleRevisionError):
+                if is_transient(error) or isinstance(error, StaleRowError):
                     logger.warning("a batch is tried again: %s", error, extra={"action": "engine.batch_retried"})
                     await self._clock.sleep(_DATABASE_PAUSE)
                     continue
@@ -161,22 +164,42 @@ class Engine:
             return
 
     async def _apply(self, items: Sequence[Item]) -> AfterCommit:
+        if self._engine.dialect.name == "postgresql":
+            try:
+                return await self._apply_in_one_statement(items)
+            except (StaleRowError, IntegrityError) as error:  # another process was faster, or a start comes again
+                logger.debug("a batch is decided on under locks: %s", error, extra={"action": "engine.batch_locked"})
         async with transaction(self._engine) as connection:
-            work = _Work()
-            replies = [
-                item for item in items if isinstance(item.part, Readable) and item.part.envelope.saga is not None
-            ]
-            if replies:
-                ids = {item.part.envelope.saga.saga_id for item in replies}  # type: ignore[union-attr]  # filtered above
-                work.loaded = await self._store.load(connection, list(ids))
-                work.current = dict(work.loaded)
-            for item in items:
-                self._take(work, item)
+            work = await self._decide_on(connection, items, lock=True)
             after_commit = await self._write(connection, work, items)
             await failpoint("engine.before_commit")
         return after_commit
 
+    async def _apply_in_one_statement(self, items: Sequence[Item]) -> AfterCommit:
+        """Read without locks, and write in one statement that fails if anything has changed since: two round trips."""
+        async with self._single.connect() as connection:
+            work = await self._decide_on(connection, items, lock=False)
+            async with together(connection):
+                await self._store.insert(connection, list(work.new.values()))
+                after_commit = await self._write_consequences(connection, work, items, work.history, work.messages)
+                await failpoint("engine.before_commit")
+        return after_commit
+
     # Deciding
+
+    async def _decide_on(self, connection: AsyncConnection, items: Sequence[Item], *, lock: bool) -> _Work:
+        work = _Work()
+        ids = {
+            item.part.envelope.saga.saga_id
+            for item in items
+            if isinstance(item.part, Readable) and item.part.envelope.saga is not None
+        }
+        if ids:
+            work.loaded = await self._store.load(connection, list(ids), lock=lock)
+            work.current = dict(work.loaded)
+        for item in items:
+            self._take(work, item)
+        return work
 
     def _take(self, work: _Work, item: Item) -> None:
         """Decide on one message; whatever is wrong with it ends as a dead letter and spoils nothing else."""
@@ -321,20 +344,31 @@ class Engine:
     # Writing
 
     async def _write(self, connection: AsyncConnection, work: _Work, items: Sequence[Item]) -> AfterCommit:
-        """Write instances, history, dead letters and outbox, one statement each."""
+        """Write instances, history, dead letters and outbox, without those that another process has started."""
         fresh = await self._store.insert_new(connection, list(work.new.values()))
         duplicates = {instance.id for instance in work.new.values()} - fresh
         for instance in work.new.values():
             if instance.id in duplicates:
                 self._log_duplicate(instance)
+        history = [row for row in work.history if row[0] not in duplicates]
+        messages = [message for message in work.messages if message[0] not in duplicates]
+        async with together(connection):
+            return await self._write_consequences(connection, work, items, history, messages)
+
+    async def _write_consequences(
+        self,
+        connection: AsyncConnection,
+        work: _Work,
+        items: Sequence[Item],
+        history: Sequence[HistoryRow],
+        messages: Sequence[tuple[UUID, Outbound]],
+    ) -> AfterCommit:
         changed = [instance for identity, instance in work.current.items() if instance is not work.loaded[identity]]
         await self._store.update(connection, changed, work.loaded)
-        async with together(connection):
-            await self._store.record(connection, [row for row in work.history if row[0] not in duplicates])
-            if work.letters:
-                await bury(connection, work.letters, ids=self._ids, now=self._store.clock.now())
-            messages = [message for identity, message in work.messages if identity not in duplicates]
-            return await self._outbox.write(connection, messages, completed_by(items))
+        await self._store.record(connection, history)
+        if work.letters:
+            await bury(connection, work.letters, ids=self._ids, now=self._store.clock.now())
+        return await self._outbox.write(connection, [message for _, message in messages], completed_by(items))
 
     async def _bury(self, item: Item, error: Exception) -> None:
         """Give up on a message whose consequences cannot be stored."""
@@ -364,7 +398,7 @@ class Engine:
                 while await self.fire_timers() == _TIMER_BATCH:
                     pass
             except Exception as error:
-                if not (is_transient(error) or isinstance(error, StaleRevisionError)):
+                if not (is_transient(error) or isinstance(error, StaleRowError)):
                     raise
                 logger.warning("deadlines wait for the database: %s", error, extra={"action": "engine.database_away"})
             await self._clock.sleep(self._timer_every)

@@ -17,6 +17,8 @@ def load_app(reference: str) -> App:
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise ConfigurationError(f"{reference!r} names no application; write module:attribute, for example shop:app")
+    if module_name.startswith("."):
+        raise ConfigurationError(f"there is no module {module_name!r}; write its name as an import would: shop:app")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:

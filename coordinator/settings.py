@@ -12,7 +12,7 @@ EMBEDDED = "embedded:"
 class Settings(BaseSettings):
     """Where the coordinator finds its servers, and its limits."""
 
-    model_config = SettingsConfigDict(env_prefix="COORDINATOR_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="COORDINATOR_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     broker_url: SecretStr = Field(
         default=SecretStr(EMBEDDED), description="`amqp://user:password@host/vhost`, or `embedded:` for no broker"

@@ -10,9 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator.decide import HistoryEntry
 from coordinator.instance import Instance, Status, StepState
 from coordinator.tables import saga_history, saga_instance
+from events.bulk import Bulk, Lookup
 from events.clock import Clock
-from events.database import Bulk, Lookup, reader
-from events.errors import CoordinatorError
+from events.database import reader
+from events.errors import StaleRowError
 from events.storeclock import StoreClock
 
 _COLUMNS = (
@@ -32,7 +33,8 @@ _COLUMNS = (
 )
 _insert = Bulk(saga_instance, *_COLUMNS)
 _update = Bulk(saga_instance, "id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at")
-_load = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
+_load = Lookup(saga_instance, *_COLUMNS, key="id")
+_load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
 _record = Bulk(
     saga_history,
     "saga_id",
@@ -53,10 +55,7 @@ _record = Bulk(
 HistoryRow = tuple[UUID, int, HistoryEntry]
 
 
-class StaleRevisionError(CoordinatorError):
-    """Somebody else has changed the saga meanwhile; load it again and decide again."""
-
-    code = "stale_revision"
+StaleRevisionError = StaleRowError
 
 
 class Store:
@@ -69,9 +68,16 @@ class Store:
 
     # Within a transaction
 
-    async def load(self, connection: AsyncConnection, ids: Sequence[UUID]) -> dict[UUID, Instance]:
-        """Return the instances of `ids`, locked until the end of the transaction, in one order for everybody."""
-        return {row[0]: _instance(row) for row in await _load.find(connection, ids)}
+    async def load(
+        self, connection: AsyncConnection, ids: Sequence[UUID], *, lock: bool = True
+    ) -> dict[UUID, Instance]:
+        """Return the instances of `ids`; locked until the end of the transaction, in one order for everybody."""
+        lookup = _load_locked if lock else _load
+        return {row[0]: _instance(row) for row in await lookup.find(connection, ids)}
+
+    async def insert(self, connection: AsyncConnection, instances: Sequence[Instance]) -> None:
+        """Insert instances; a business key that is there already is an error. May stand in `together`."""
+        await _insert.insert(connection, _rows(instances))
 
     async def insert_new(self, connection: AsyncConnection, instances: Sequence[Instance]) -> set[UUID]:
         """Insert instances whose business key is new; return the ids of those.
@@ -81,8 +87,7 @@ class Store:
         """
         if not instances:
             return set()
-        ordered = sorted(instances, key=lambda instance: (instance.saga, instance.key))
-        return set(await _insert.insert_new(connection, [_row(each) for each in ordered], key=("saga", "key")))
+        return set(await _insert.insert_new(connection, _rows(instances), key=("saga", "key")))
 
     async def update(
         self, connection: AsyncConnection, instances: Sequence[Instance], loaded: Mapping[UUID, Instance]
@@ -90,16 +95,13 @@ class Store:
         """Write instances over those that were `loaded` in this transaction.
 
         Raises:
-            StaleRevisionError: one of them has moved on; nothing may be committed.
+            StaleRowError: one of them has moved on; nothing may be committed.
         """
         rows = [
             (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at) for i in instances
         ]
-        if not rows:
-            return
         expected = ("revision", [loaded[instance.id].revision for instance in instances])
-        if await _update.update(connection, rows, key="id", expected=expected) != len(rows):
-            raise StaleRevisionError
+        await _update.update(connection, rows, key="id", expected=expected)
 
     async def record(self, connection: AsyncConnection, rows: Sequence[HistoryRow]) -> None:
         """Append history rows: saga id, revision, entry."""
@@ -193,6 +195,11 @@ def _select() -> Select[Any]:
 
 def _steps(instance: Instance) -> dict[str, Any]:
     return {name: at.to_json() for name, at in instance.steps.items()}
+
+
+def _rows(instances: Sequence[Instance]) -> list[tuple[Any, ...]]:
+    """Return rows in one order for everybody, so that two batches cannot deadlock over their keys."""
+    return [_row(each) for each in sorted(instances, key=lambda instance: (instance.saga, instance.key))]
 
 
 def _row(i: Instance) -> tuple[Any, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from events.bulk import Bulk
 from events.codec import Readable
-from events.database import Bulk
 from events.ids import Ids
 from events.intake import Item
 from events.tables import dead_letter

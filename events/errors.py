@@ -86,3 +86,9 @@ class DatabaseInUseError(CoordinatorError):
     """Another process works on this SQLite file; stop it, or move to PostgreSQL to run several processes."""
 
     code = "database_in_use"
+
+
+class StaleRowError(CoordinatorError):
+    """Somebody else has changed a row meanwhile; load it again and decide again."""
+
+    code = "stale_row"

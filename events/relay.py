@@ -17,10 +17,11 @@ from sqlalchemy import TextualSelect, bindparam, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
+from events.bulk import Bulk, delete_by_id
 from events.bus import Address, Bus, Delivery, Exchange, Outgoing
 from events.clock import Clock
 from events.codec import Limits, bundle_body
-from events.database import Bulk, delete_by_id, is_transient, single_statements, transaction
+from events.database import is_transient, single_statements, transaction
 from events.errors import PublishError
 from events.failpoints import failpoint
 from events.ids import Ids, Random

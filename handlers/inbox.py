@@ -7,7 +7,8 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from events.database import Bulk, Lookup, reader
+from events.bulk import Bulk, Lookup
+from events.database import reader
 from handlers.tables import inbox
 
 _recorded = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", key="message_key")

@@ -18,10 +18,11 @@ from dishka import AsyncContainer
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+from events.bulk import together
 from events.bus import Bus, Consumer
 from events.clock import Clock
 from events.codec import Limits, Readable
-from events.database import is_transient, single_statements, together, transaction
+from events.database import is_transient, single_statements, transaction
 from events.dead_letters import DeadLetter, bury
 from events.envelope import Envelope, Result
 from events.errors import CoordinatorError

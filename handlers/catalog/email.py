@@ -1,5 +1,6 @@
 """E-mails to new users, over SMTP."""
 
+from email.headerregistry import Address
 from email.message import EmailMessage
 
 import aiosmtplib
@@ -16,15 +17,26 @@ async def _send(parties: ThirdParties, key: str, recipient: str, subject: str, t
     """Hand one e-mail to the mail server. The same key gives the same Message-ID, so that a repeat can be told."""
     message = EmailMessage()
     message["From"] = parties.sender
-    message["To"] = recipient
+    message["To"] = Address(addr_spec=recipient)
     message["Subject"] = subject
     message["Message-ID"] = f"<{key}@{parties.sender.rpartition('@')[2]}>"
     message.set_content(text)
     try:
-        await aiosmtplib.send(message, hostname=parties.smtp_host, port=parties.smtp_port, timeout=10, start_tls=None)
+        await aiosmtplib.send(
+            message,
+            recipients=[recipient],
+            hostname=parties.smtp_host,
+            port=parties.smtp_port,
+            timeout=10,
+            start_tls=None,
+        )
     except aiosmtplib.SMTPRecipientsRefused as error:
         if all(refusal.code >= _PERMANENT for refusal in error.recipients):
             raise Declined("the mailbox does not exist") from error
+        raise ThirdPartyError("the mail server does not take the message now") from error
+    except aiosmtplib.SMTPDataError as error:
+        if error.code >= _PERMANENT:
+            raise Declined("the mail server refuses the message") from error
         raise ThirdPartyError("the mail server does not take the message now") from error
     except (aiosmtplib.SMTPException, OSError) as error:
         raise ThirdPartyError(f"the mail server did not take the message: {type(error).__name__}") from error

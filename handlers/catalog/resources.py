@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from events.errors import CoordinatorError
 
 _TIMEOUT = httpx2.Timeout(5.0, pool=10.0)
+_HERE = "http://127.0.0.1:8080"
 _LIMITS = httpx2.Limits(max_connections=50, max_keepalive_connections=20)
 
 
@@ -25,10 +26,11 @@ class ThirdParties(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SHOP_", extra="ignore", frozen=True)
 
-    payments_url: str = Field(default="http://127.0.0.1:8080/payments", description="the payment provider")
-    mailing_list_url: str = Field(default="http://127.0.0.1:8080/mailing-list", description="the mailing list")
-    webhook_url: str = Field(default="http://127.0.0.1:8080/webhook", description="the administrators' webhook")
-    shipping_url: str = Field(default="http://127.0.0.1:8080/shipping", description="the carrier")
+    # URLs may hold passwords, and whoever knows a webhook may write to it: not shown.
+    payments_url: str = Field(default=f"{_HERE}/payments", repr=False, description="the payment provider")
+    mailing_list_url: str = Field(default=f"{_HERE}/mailing-list", repr=False, description="the mailing list")
+    webhook_url: str = Field(default=f"{_HERE}/webhook", repr=False, description="the administrators' webhook")
+    shipping_url: str = Field(default=f"{_HERE}/shipping", repr=False, description="the carrier")
     smtp_host: str = Field(default="127.0.0.1", description="the mail server")
     smtp_port: int = Field(default=2525, ge=1, le=65535)
     sender: str = Field(default="shop@example.com", description="the sender of all e-mails")
@@ -52,6 +54,8 @@ class Http:
         try:
             answer = await self._client.request(method, url, json=body, headers=headers)
             document = answer.json() if answer.content else {}
+        except httpx2.InvalidURL:
+            raise ThirdPartyError(f"the URL of {service} is none") from None  # its text shows what is in the URL
         except (httpx2.HTTPError, ValueError) as error:
             raise ThirdPartyError(f"{service} gave no answer: {type(error).__name__}") from error
         if answer.status_code >= 500:  # noqa: PLR2004  # server errors, RFC 9110, section 15.6

@@ -13,8 +13,11 @@ from handlers.definition import handles
 
 @handles(ReserveStock)
 async def reserve_stock(command: ReserveStock, session: AsyncSession) -> None:
-    """Set goods aside; decline if there are too few, or if the order was released before this arrived."""
-    if (await session.execute(_reservation(command.order_id))).first() is not None:
+    """Set goods aside, once; decline if there are too few, or if the order was released before this arrived."""
+    known = (await session.execute(_reservation(command.order_id))).first()
+    if known is not None:
+        if known.state == "reserved":
+            return
         raise Declined(StockShort(sku=command.sku, reason="the order was released before it was reserved"))
     taken = await session.execute(
         update(stock_item)

@@ -9,22 +9,21 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, Text, Uuid, text
+from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, Text, Uuid, event, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from events.bulk import Bulk, Lookup, delete_by_id, together
 from events.database import (
-    Bulk,
-    Lookup,
-    delete_by_id,
     is_transient,
     open_database,
     ping,
     reader,
+    single_statements,
     sqlite_file,
     transaction,
 )
-from events.errors import ConfigurationError, DatabaseInUseError
+from events.errors import ConfigurationError, DatabaseInUseError, StaleRowError
 from events.sqlite import FileLock
 from events.storeclock import StoreClock
 from events.tables import Json, Timestamp
@@ -125,18 +124,61 @@ async def test_all_columns_but_the_key_are_updated(engine: AsyncEngine) -> None:
     await insert(engine, rows)
     changed = [(row[0], f"new {row[1]}", row[2] + 10, b"", {"new": True}, None) for row in rows[:2]]
     async with transaction(engine) as connection:
-        assert await bulk.update(connection, changed, key="id") == 2
+        await bulk.update(connection, changed, key="id")
     assert await find(engine, [row[0] for row in rows]) == {row[0]: row for row in [*changed, rows[2]]}
 
 
-async def test_an_update_that_expects_a_value_tells_who_lost(engine: AsyncEngine) -> None:
+async def test_an_update_that_expects_a_value_sets_all_rows_that_have_it(engine: AsyncEngine) -> None:
     rows = things(3)
     await insert(engine, rows)
     changed = [(*row[:2], row[2] + 1, *row[3:]) for row in rows]
     async with transaction(engine) as connection:
-        assert await bulk.update(connection, changed, key="id", expected=("size", [0, 99, 2])) == 2
+        await bulk.update(connection, changed, key="id", expected=("size", [0, 1, 2]))
     found = await find(engine, [row[0] for row in rows])
-    assert [found[row[0]][2] for row in rows] == [1, 1, 3]
+    assert [found[row[0]][2] for row in rows] == [1, 2, 3]
+
+
+async def test_an_update_that_finds_another_value_than_expected_changes_nothing(engine: AsyncEngine) -> None:
+    rows = things(3)
+    await insert(engine, rows)
+    changed = [(*row[:2], row[2] + 1, *row[3:]) for row in rows]
+    with pytest.raises(StaleRowError):
+        async with transaction(engine) as connection:
+            await bulk.update(connection, changed, key="id", expected=("size", [0, 99, 2]))
+    assert await find(engine, [row[0] for row in rows]) == {row[0]: row for row in rows}
+
+
+@pytest.mark.parametrize("expected", [[0, 1], [0, 99]])
+async def test_what_is_written_together_is_written_or_not_as_a_whole(engine: AsyncEngine, expected: list[int]) -> None:
+    """Also without a transaction around it where it is one statement, and with rows of two tables."""
+    rows = things(4)
+    await insert(engine, rows[:2])
+    changed = [(*row[:2], row[2] + 1, *row[3:]) for row in rows[:2]]
+    stale = 99 in expected
+    connecting = single_statements(engine).begin()
+    with pytest.raises(StaleRowError) if stale else contextlib.nullcontext():
+        async with connecting as connection, together(connection):
+            await bulk.insert(connection, rows[2:3])
+            await bulk.update(connection, changed, key="id", expected=("size", expected))
+            await bulk.insert(connection, rows[3:])
+            await bulk.insert(connection, [])
+    found = await find(engine, [row[0] for row in rows])
+    kept = rows[:2] if stale else [*changed, *rows[2:]]
+    assert found == {row[0]: row for row in kept}
+
+
+@pytest.mark.postgres
+async def test_what_is_written_together_is_one_statement(pg_url: str) -> None:
+    engine = open_database(pg_url)
+    statements: list[str] = []
+    async with transaction(engine) as connection:
+        await connection.run_sync(metadata.create_all)
+    event.listen(engine.sync_engine, "before_cursor_execute", lambda *about: statements.append(about[2]))
+    async with single_statements(engine).connect() as connection, together(connection):
+        await bulk.insert(connection, things(2))
+        await bulk.insert(connection, [(uuid4(), *row[1:]) for row in things(4)[2:]])
+    assert len(statements) == 1
+    await engine.dispose()
 
 
 async def test_rows_are_deleted_by_id(engine: AsyncEngine) -> None:

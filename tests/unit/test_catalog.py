@@ -165,10 +165,9 @@ def test_money_is_exact_and_its_own_value() -> None:
         float("nan"),
         float("inf"),
         None,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(strict=True, reason="Money.minor is not strict: `true` is taken for one cent"),
-        ),
+        True,
+        "5",
+        5.0,
     ],
 )
 def test_money_refuses_an_amount_that_is_none(minor: Any) -> None:
