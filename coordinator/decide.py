@@ -138,8 +138,9 @@ class _Draft:
         self.definition = definition
         self.before = instance
         self.now = now
-        self.state = instance.state
         self.saga: Saga = definition.cls.from_state(instance.state)
+        # As the class writes it: a database may write the same number otherwise.
+        self.state = self.found = self.saga.to_state()
         self.steps = dict(instance.steps)
         self.status = instance.status
         self.reason = instance.reason
@@ -168,8 +169,8 @@ class _Draft:
     def finish(self, kind: str, **about: Any) -> Decision:
         before, state = self.before, self.state
         change: dict[str, Any] = {}
-        if state != before.state:
-            change["state"] = {name: value for name, value in state.items() if before.state.get(name) != value}
+        if state != self.found:
+            change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
         if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
         due = [at.due_at for at in self.steps.values() if at.due_at is not None]
@@ -422,11 +423,13 @@ def _ask(draft: _Draft, hook: Hook | None, *arguments: Any, state: dict[str, Any
     """Ask the saga, as it is now or as it was in `state`, for a message; return that, or None and what went wrong."""
     if hook is None:
         return None, "there is no method for it"
-    state = draft.state if state is None else state
-    saga = draft.saga if state is draft.state else draft.definition.cls.from_state(state)
+    saga, before = draft.saga, draft.state
+    if state is not None:
+        saga = draft.definition.cls.from_state(state)
+        before = saga.to_state()
     try:
         message = hook.function(saga, *arguments)
-        if _is_unchanged(saga, state):
+        if _is_unchanged(saga, before):
             return message, None
         error = f"{hook.name} changed the saga, which only a method for an outcome may"
     except _NOT_OURS:

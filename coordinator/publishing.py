@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 
 from coordinator.app import App
+from coordinator.batch import Sagas
 from coordinator.engine import coordinator_queues
 from events import tracing
 from events.bus import Address, Bus, Exchange, Outgoing, Queue
@@ -55,7 +56,9 @@ async def publish_lines(
 
 def queues_of(app: App) -> list[Queue]:
     """Return all queues of an application: those of its handlers and those of its sagas."""
-    return [handler.queue for handler in app.handlers] + coordinator_queues(saga.definition for saga in app.sagas)
+    return [handler.queue for handler in app.handlers] + coordinator_queues(
+        Sagas(saga.definition for saga in app.sagas)
+    )
 
 
 def _batches(lines: Iterable[bytes]) -> Iterator[list[tuple[int, bytes]]]:

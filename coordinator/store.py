@@ -13,7 +13,6 @@ from coordinator.tables import saga_history, saga_instance
 from events.bulk import Bulk, Lookup
 from events.clock import Clock
 from events.database import reader
-from events.errors import StaleRowError
 from events.storeclock import StoreClock
 
 _COLUMNS = (
@@ -53,9 +52,6 @@ _record = Bulk(
 )
 
 HistoryRow = tuple[UUID, int, HistoryEntry]
-
-
-StaleRevisionError = StaleRowError
 
 
 class Store:

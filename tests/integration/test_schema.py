@@ -176,7 +176,6 @@ async def test_the_migrations_make_the_indexes_of_the_models(engine: AsyncEngine
     assert {row[0] for row in migrated} == ours - {"alembic_version"}
 
 
-@pytest.mark.xfail(strict=True, reason="events/tables.py: the model of `outbox` lacks the migration's postgresql_with")
 async def test_the_migrations_make_tables_with_the_storage_options_of_the_models(engines: list[AsyncEngine]) -> None:
     options = "SELECT relname, array_to_string(reloptions, ',') FROM pg_class WHERE relkind = 'r'"
     await schema.upgrade(engines[0])

@@ -13,9 +13,10 @@ from sqlalchemy.exc import IntegrityError
 from coordinator import schema
 from coordinator.decide import HistoryEntry
 from coordinator.instance import Instance, Status, StepState, StepStatus
-from coordinator.store import StaleRevisionError, Store
+from coordinator.store import Store
 from events.database import open_database, transaction
 from events.envelope import Direction, Result
+from events.errors import StaleRowError
 from events.ids import TimeOrderedIds
 from tests.support.flows import PATIENCE, START, ManualClock, until
 
@@ -87,15 +88,15 @@ async def claim(store: Store, known: list[tuple[str, int]] = KNOWN, most: int = 
         return [instance.key for instance in (await store.claim_due(connection, known, most)).values()]
 
 
-async def somebody_waits(store: Store) -> None:
-    """Return when a transaction waits for another one's lock."""
+async def somebody_waits(store: Store, *, waiters: int = 1) -> None:
+    """Return when so many transactions wait for another one's lock."""
 
     async def waiting() -> bool:
         async with transaction(store.engine) as connection:
             query = (
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
             )
-            return bool((await connection.execute(text(query))).scalar_one())
+            return bool((await connection.execute(text(query))).scalar_one() == waiters)
 
     await until(waiting)
 
@@ -216,11 +217,16 @@ async def test_of_two_transactions_that_insert_one_key_the_second_waits_for_the_
 
 
 async def test_batches_that_insert_the_same_keys_in_any_order_do_not_deadlock(shared: Store) -> None:
-    keys = [f"k-{number}" for number in range(200)]
-    batches = [[made(key) for key in (keys if forward else reversed(keys))] for forward in (True, False, True, False)]
-    inserted = await asyncio.gather(*(insert(shared, *batch) for batch in batches))
-    assert sum(map(len, inserted)) == len(keys)
-    assert {instance.key for instance in await shared.list(limit=1000)} == set(keys)
+    """Each would hold its first key and wait for the other's; both are held up in the middle until both are there."""
+    one, two = ([made(key) for key in order] for order in ("amz", "zma"))
+    async with shared.engine.connect() as connection:
+        await shared.insert_new(connection, [made("m")])
+        racing = [asyncio.create_task(insert(shared, *one))]
+        await somebody_waits(shared)
+        racing.append(asyncio.create_task(insert(shared, *two)))
+        await somebody_waits(shared, waiters=2)
+        await connection.rollback()
+    assert await asyncio.gather(*racing) == [{instance.id for instance in one}, set()]
 
 
 # Loading and changing
@@ -261,7 +267,7 @@ async def test_an_instance_that_has_moved_on_is_not_written_over_nor_anything_el
             await store.record(connection, [(other.id, 2, HistoryEntry("reply", START, Status.RUNNING))])
             await store.update(connection, [moved(other), moved(stale, reason="late")], by_id(stale, other))
 
-    with pytest.raises(StaleRevisionError):
+    with pytest.raises(StaleRowError):
         await write_all()
     assert await load(store, stale, other) == by_id(newer, other)
     assert await store.find("new") == []
@@ -270,7 +276,7 @@ async def test_an_instance_that_has_moved_on_is_not_written_over_nor_anything_el
 
 async def test_an_instance_that_is_gone_counts_as_moved_on(store: Store) -> None:
     gone = made()
-    with pytest.raises(StaleRevisionError):
+    with pytest.raises(StaleRowError):
         await update(store, moved(gone), gone)
 
 
