@@ -56,9 +56,8 @@ async def publish_lines(
 
 def queues_of(app: App) -> list[Queue]:
     """Return all queues of an application: those of its handlers and those of its sagas."""
-    return [handler.queue for handler in app.handlers] + coordinator_queues(
-        Sagas(saga.definition for saga in app.sagas)
-    )
+    sagas = Sagas(saga.definition for saga in app.sagas)
+    return [handler.queue for handler in app.handlers] + coordinator_queues(sagas)
 
 
 def _batches(lines: Iterable[bytes]) -> Iterator[list[tuple[int, bytes]]]:

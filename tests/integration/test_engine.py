@@ -20,6 +20,7 @@ from coordinator.store import Store
 from coordinator.tables import saga_history, saga_instance
 from events.codec import Limits, bundle_body
 from events.database import open_database, transaction
+from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
 from events.errors import StaleRowError, TooLargeError
 from events.failpoints import armed
@@ -463,7 +464,9 @@ async def test_i12_a_deadline_is_acted_on_once_and_not_before_it_is_due(world: W
     assert await world.history("t-2") == ["started", "reply"]
     assert (await world.instance()).steps["hotel"].status is StepStatus.UNDOING
     [undo] = await world.sent("cancel.hotel")
-    assert undo.correlation_id == str((await world.instance()).id)
+    identity = (await world.instance()).id
+    assert undo.correlation_id == str(identity)
+    assert undo.causation_id == str(derive_id(identity, "hotel", "do", 1)), "the command that was not answered"
 
 
 async def test_i12_two_coordinators_that_look_at_once_act_on_a_deadline_once(shared: World) -> None:
