@@ -2,7 +2,6 @@
 
 from coordinator.definition import SagaDefinition, Step
 from coordinator.instance import Instance, Status, StepStatus
-from events.envelope import Result
 
 _CLASSES = {
     StepStatus.RUNNING: "running",
@@ -53,7 +52,7 @@ def _label(step: Step, instance: Instance | None) -> str:
     at = instance.steps.get(step.name) if instance else None
     if at is None:
         return _text(f"{step.name}<br/>within {deadline}")
-    return _text(f"{step.name}<br/>{at.status.value}{', late' if at.answer is Result.SUCCEEDED else ''}")
+    return _text(f"{step.name}<br/>{at.status.value}")
 
 
 def _colours(definition: SagaDefinition, instance: Instance | None) -> list[str]:

@@ -352,8 +352,11 @@ def _next(draft: _Draft) -> Step | None:
 
 
 def _undo(draft: _Draft, step: Step) -> None:
-    attempt = draft.steps[step.name].undo_attempt + 1
-    draft.set(step.name, status=StepStatus.UNDOING, undo_attempt=attempt, sends=0, made_of=None)
+    at = draft.steps[step.name]
+    attempt = at.undo_attempt + 1
+    # From now on only this tells a success that comes a second time from one that comes late.
+    answer = Result.SUCCEEDED if at.status is StepStatus.SUCCEEDED else at.answer
+    draft.set(step.name, status=StepStatus.UNDOING, answer=answer, undo_attempt=attempt, sends=0, made_of=None)
     _send(draft, step, Direction.UNDO, attempt, 1)
 
 

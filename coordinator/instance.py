@@ -56,7 +56,7 @@ class StepState:
         undo_attempt: which attempt of its compensation; 0 before the first.
         sends: how often the outstanding command was sent.
         due_at: when its answer is given up on.
-        answer: what was heard of the step after it had been given up on, or by which it was.
+        answer: what was heard of a step that is given up on or undone; None if nothing was.
         made_of: the saga's state that the outstanding command was made of, where it has changed since.
     """
 

@@ -47,15 +47,18 @@ class Cluster:
         }
         self.ids = TimeOrderedIds()
         self.placed: list[UUID] = []
+        self.allowed = ORDERS // 4
 
-    async def place(self, first: int, last: int) -> None:
-        """Publish orders, each until the broker has confirmed it."""
+    async def place(self) -> None:
+        """Publish orders, each until the broker has confirmed it, and no more than are allowed so far."""
         clock = SystemClock()
         bus = RabbitMQBus(self.amqp_url, namespace=Settings().namespace, clock=clock, ids=self.ids)
         await bus.open()
         publisher = Publisher(bus, "/shop", clock=clock, ids=self.ids, limits=Limits())
         try:
-            for number in range(first, last):
+            for number in range(ORDERS):
+                while number >= self.allowed:
+                    await clock.sleep(0.01)
                 event = OrderPlaced(order_id=self.ids.new(), number=number)
                 self.placed.append(event.order_id)
                 while True:
@@ -74,6 +77,11 @@ class Cluster:
     def ready(self) -> bool:
         """Whether all four processes have declared their queues and made their tables."""
         return all("is running" in process.log for process in self.processes.values())
+
+    async def come_under_load(self, share: float) -> None:
+        """Wait until that share of all orders is done, and let more come in: what happens next happens under load."""
+        await asyncio.to_thread(self.wait_for_finished, int(ORDERS * share))
+        self.allowed = max(self.allowed, int(ORDERS * (share + 0.25)))
 
     def finished(self) -> int:
         return int(self.query("SELECT count(*) FROM saga_instance WHERE due_at IS NULL")[0][0])
@@ -101,12 +109,13 @@ def cluster(private_amqp_url: str, private_pg_url: str, tmp_path: Path) -> Itera
 @pytest.fixture
 async def orders(cluster: Cluster) -> AsyncIterator[asyncio.Task[None]]:
     """Orders that come in while the test goes on."""
-    task = asyncio.create_task(cluster.place(0, ORDERS))
+    task = asyncio.create_task(cluster.place())
     yield task
     task.cancel()
 
 
 async def finish(cluster: Cluster, orders: asyncio.Task[None]) -> None:
+    cluster.allowed = ORDERS
     await orders
     await asyncio.to_thread(cluster.wait_for_finished, ORDERS)
     wait_until(lambda: not cluster.query("SELECT 1 FROM outbox LIMIT 1"), "an empty outbox", 60)
@@ -140,9 +149,8 @@ def check(cluster: Cluster) -> None:
 
 async def test_every_process_killed_in_turn(cluster: Cluster, orders: asyncio.Task[None]) -> None:
     """kill -9 of each coordinator and each handler process under load loses nothing and repeats nothing."""
-    share = ORDERS // 8
     for number, process in enumerate(cluster.processes.values(), 1):
-        await asyncio.to_thread(cluster.wait_for_finished, number * share)
+        await cluster.come_under_load(number / 6)
         process.restart_after_kill9()
     await finish(cluster, orders)
     check(cluster)
@@ -153,11 +161,12 @@ async def test_broker_killed_and_restarted(
 ) -> None:
     """kill -9 and a clean restart of the broker under load lose nothing."""
     await asyncio.to_thread(private_rabbitmq.flush)
-    await asyncio.to_thread(cluster.wait_for_finished, ORDERS // 8)
+    await cluster.come_under_load(1 / 8)
     await asyncio.to_thread(private_rabbitmq.kill9)
     await asyncio.to_thread(private_rabbitmq.start)
-    await asyncio.to_thread(cluster.wait_for_finished, ORDERS // 2)
+    await cluster.come_under_load(3 / 8)
     await asyncio.to_thread(private_rabbitmq.restart)
+    await cluster.come_under_load(5 / 8)
     await finish(cluster, orders)
     check(cluster)
 
@@ -166,11 +175,12 @@ async def test_database_killed_and_restarted(
     cluster: Cluster, orders: asyncio.Task[None], private_postgres: Postgres
 ) -> None:
     """kill -9 and a clean restart of the database under load lose nothing."""
-    await asyncio.to_thread(cluster.wait_for_finished, ORDERS // 8)
+    await cluster.come_under_load(1 / 8)
     await asyncio.to_thread(private_postgres.kill9)
     await asyncio.to_thread(private_postgres.start)
-    await asyncio.to_thread(cluster.wait_for_finished, ORDERS // 2)
+    await cluster.come_under_load(3 / 8)
     await asyncio.to_thread(private_postgres.restart)
+    await cluster.come_under_load(5 / 8)
     await finish(cluster, orders)
     check(cluster)
 
@@ -178,7 +188,7 @@ async def test_database_killed_and_restarted(
 async def test_sigterm_finishes_what_runs_and_exits_with_0(cluster: Cluster, orders: asyncio.Task[None]) -> None:
     """A rolling restart with SIGTERM loses nothing; every process says goodbye with 0."""
     for number, process in enumerate(cluster.processes.values(), 1):
-        await asyncio.to_thread(cluster.wait_for_finished, number * ORDERS // 10)
+        await cluster.come_under_load(number / 6)
         assert await asyncio.to_thread(process.terminate) == 0, process.log
         process.start()
     await finish(cluster, orders)

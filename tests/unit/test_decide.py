@@ -366,6 +366,18 @@ def test_a_late_failure_may_have_happened_after_its_undo_and_is_undone_again_onc
     check(run)
 
 
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_repeated_success_is_not_a_late_one(undone: bool) -> None:
+    """A step that is undone has succeeded in time; what says so once more is a duplicate."""
+    run = at_flight()
+    run.done("flight", DECLINED)
+    if undone:
+        run.undone("hotel")
+    run.done("hotel")
+    assert (run.last.entry.kind, run.last.requests) == ("late_reply", ())
+    assert [each for each in run.asked if each[1] is UNDO] == [("hotel", UNDO, 1)]
+
+
 def test_a_repeated_failure_is_heard_once() -> None:
     run = at_flight()
     run.done("flight", FAILED)

@@ -174,6 +174,7 @@ class World:
     refused: set[UUID] = field(default_factory=set)
     asked: list[Request] = field(default_factory=list)
     accepted: set[str] = field(default_factory=set)
+    in_time: set[str] = field(default_factory=set)
     announced: dict[UUID, Event] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -192,6 +193,12 @@ class World:
             assert isinstance(given, Elapsed)
             return
         self.check_decision(before, decision, given)
+        if isinstance(given, Replied) and (
+            decision.entry.kind,
+            given.direction,
+            given.result,
+        ) == ("reply", DO, Result.SUCCEEDED):
+            self.in_time.add(given.step)
         self.instance = decision.instance
         self.asked += decision.requests
         self.commands += decision.requests
@@ -312,7 +319,7 @@ class World:
             last = max((each.attempt for each in asked if each.direction is UNDO), default=0)
             assert request.attempt == last + (0 if same else 1)
             # Only what is heard late asks for another compensation: a failure once, a success once.
-            assert request.attempt <= 3
+            assert request.attempt <= (1 if request.step in self.in_time else 3)
 
     # What must hold when nothing is under way any more
 
