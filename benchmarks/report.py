@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ class Throughput:
     sagas: int
     sagas_per_second: float
     cpu_ms_per_saga: dict[str, float]
+    loop_ns: float
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,19 @@ class Latency:
     commit: Milliseconds
     floor_ms: float
     times_floor: float
+    loop_ns: float
 
 
-def describe_machine() -> str:
-    """Return what the numbers were measured on."""
-    return f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+def loop_ns() -> float:
+    """Return the nanoseconds of one turn of an empty loop: how fast this machine is at the moment.
+
+    Machines with neighbours differ threefold from hour to hour; numbers of two runs compare only beside this one.
+    """
+    turns = 2_000_000
+    start = time.process_time_ns()
+    for _ in range(turns):
+        pass
+    return round((time.process_time_ns() - start) / turns, 1)
 
 
 @dataclass
@@ -69,14 +79,15 @@ class Report:
 
     def show(self, console: Console) -> None:
         console.print(self.machine, highlight=False)
-        table = Table("three-step sagas", "sagas", "sagas/s", "Python CPU a saga", title="throughput")
+        table = Table("three-step sagas", "sagas", "sagas/s", "Python CPU a saga", "loop", title="throughput")
         for each in self.throughput:
             cpu = ", ".join(f"{name} {value:.2f} ms" for name, value in each.cpu_ms_per_saga.items())
             total = sum(each.cpu_ms_per_saga.values())
-            table.add_row(each.setup, f"{each.sagas:,}", f"{each.sagas_per_second:,.0f}", f"{cpu}; all {total:.2f} ms")
+            rate = f"{each.sagas_per_second:,.0f}"
+            table.add_row(each.setup, f"{each.sagas:,}", rate, f"{cpu}; all {total:.2f} ms", f"{each.loop_ns} ns")
         console.print(table)
         table = Table(
-            "a lone saga", "p50", "p99", "bare delivery", "bare commit", "floor", "p50 / floor", title="latency"
+            "a lone saga", "p50", "p99", "bare delivery", "bare commit", "floor", "p50 / floor", "loop", title="latency"
         )
         for one in self.latency:
             delivery = f"{one.delivery.p50:.2f} ms" if one.delivery else "-"
@@ -88,5 +99,6 @@ class Report:
                 f"{one.commit.p50:.2f} ms",
                 f"{one.floor_ms:.1f} ms",
                 f"{one.times_floor:.2f}",
+                f"{one.loop_ns} ns",
             )
         console.print(table)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from events.errors import StaleRowError
+from events.sqlite import execute, execute_many
 
 Row = tuple[Any, ...]
 
@@ -152,7 +153,7 @@ class Bulk:
             )
             return
         sql = f"INSERT INTO {self._table.name} ({names}) VALUES ({', '.join('?' * len(self._names))})"  # noqa: S608
-        await connection.exec_driver_sql(sql, _bound(self._columns, rows, dialect))
+        await execute_many(connection, sql, _bound(self._columns, rows, dialect))
 
     async def insert_new(self, connection: AsyncConnection, rows: Sequence[Row], *, key: Sequence[str]) -> list[Any]:
         """Insert the rows whose unique `key` is not there yet; return the first column of those inserted."""
@@ -172,7 +173,7 @@ class Bulk:
             sql = f"INSERT INTO {self._table.name} ({names}) VALUES ({marks}) {tail}"  # noqa: S608
             values = []
             for row in _bound(self._columns, rows, dialect):
-                values += [inserted[0] for inserted in await connection.exec_driver_sql(sql, row)]
+                values += [inserted[0] for inserted in await execute(connection, sql, row)]
         return values if result is None else [result(value) for value in values]
 
     async def update(
@@ -202,8 +203,8 @@ class Bulk:
         if expected:
             sql += f" AND {expected[0]} = ?"
             bound = [(*values, value) for values, value in zip(bound, expected[1], strict=True)]
-        result = await connection.exec_driver_sql(sql, bound)
-        if expected and result.rowcount != len(rows):
+        changed = await execute_many(connection, sql, bound)
+        if expected and changed != len(rows):
             raise StaleRowError
 
     def _update_part(
@@ -267,8 +268,11 @@ class Lookup:
         dialect = connection.dialect
         bound = [row[0] for row in _bound((self._key,), [(key,) for key in keys], dialect)]
         statement = self._statements.get(dialect.name) or self._prepare(dialect)
-        given = bound if dialect.name == "postgresql" else to_json(bound).decode()
-        found = await connection.exec_driver_sql(statement, (given,))
+        found: Iterable[Any]
+        if dialect.name == "postgresql":
+            found = await connection.exec_driver_sql(statement, (bound,))
+        else:
+            found = await execute(connection, statement, (to_json(bound).decode(),))
         processors = self._results[dialect.name]
         return [
             tuple(value if process is None else process(value) for process, value in zip(processors, row, strict=True))
@@ -299,4 +303,4 @@ async def delete_by_id(connection: AsyncConnection, table: Table, ids: Sequence[
         await connection.exec_driver_sql(sql, (bound,))
     else:
         sql = f"DELETE FROM {table.name} WHERE id = ?"  # noqa: S608
-        await connection.exec_driver_sql(sql, [(value,) for value in bound])
+        await execute_many(connection, sql, [(value,) for value in bound])

@@ -18,7 +18,8 @@ from typing import IO, Any, Self
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from events.errors import DatabaseInUseError
@@ -34,6 +35,10 @@ class _Cursor:
 
     async def __aenter__(self) -> Self:
         return self
+
+    @property
+    def plain(self) -> sqlite3.Cursor:
+        return self._cursor
 
     @property
     def description(self) -> Any:
@@ -98,6 +103,45 @@ class _Connection:
     def stop(self) -> None:
         self._committer.shutdown(wait=True)
         self._conn.close()
+
+
+async def execute(connection: AsyncConnection, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
+    """Run a statement straight on the driver: through SQLAlchemy the two of a hop take 184 us, here 9.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: as SQLAlchemy would.
+    """
+    cursor: _Cursor = await _cursor(connection)
+    try:
+        return (await cursor.execute(statement, parameters)).plain
+    except sqlite3.Error as error:
+        raise _translated(error, statement, connection) from error
+
+
+async def execute_many(connection: AsyncConnection, statement: str, rows: Sequence[Sequence[Any]]) -> int:
+    """Run a statement for each of `rows` straight on the driver; return how many rows it has changed."""
+    if not rows:
+        return 0
+    cursor: _Cursor = await _cursor(connection)
+    try:
+        return (await cursor.executemany(statement, rows)).rowcount
+    except sqlite3.Error as error:
+        raise _translated(error, statement, connection) from error
+
+
+async def _cursor(connection: AsyncConnection) -> Any:
+    if not connection.in_transaction() and not _only_reads(connection):
+        await connection.begin()
+    return connection.sync_connection.connection.driver_connection.cursor()  # type: ignore[union-attr]  # it is open
+
+
+def _only_reads(connection: AsyncConnection) -> bool:
+    options = connection.sync_connection.get_execution_options() if connection.sync_connection else {}
+    return bool(options.get(READ_ONLY))
+
+
+def _translated(error: sqlite3.Error, statement: str, connection: AsyncConnection) -> BaseException:
+    return DBAPIError.instance(statement, None, error, sqlite3.Error, dialect=connection.dialect)
 
 
 def create_sqlite_engine(url: URL, *, read_only: bool = False, **options: Any) -> AsyncEngine:

@@ -391,7 +391,7 @@ async def test_an_acknowledgement_that_the_database_refuses_brings_the_message_a
         raise OperationalError("DELETE", None, Exception("disk full"))
 
     with monkeypatch.context() as broken, caplog.at_level(logging.CRITICAL + 1):
-        broken.setattr(embedded, "_execute", disk_full)
+        broken.setattr(embedded, "execute_many", disk_full)
         await delivery.ack()
         again = await received.next()
     assert again.redelivered
@@ -406,7 +406,7 @@ async def test_a_publish_that_the_database_refuses_is_an_error_for_each_message(
         raise OperationalError("INSERT", None, Exception("disk full"))
 
     with monkeypatch.context() as broken:
-        broken.setattr(embedded, "_execute", disk_full)
+        broken.setattr(embedded, "execute_many", disk_full)
         errors = await bus.publish([Outgoing(CHARGE, b"[1]"), Outgoing(CHARGE, b"[2]")])
     assert [type(error) for error in errors] == [PublishError, PublishError]
     received = Received()
