@@ -22,7 +22,7 @@ from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import Intake, Item, completed_by, settle
 from events.outbox import AfterCommit, Outbox
-from events.service import Supervisor
+from events.service import Supervisor, is_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,9 @@ class Engine:
         while True:
             try:
                 after_commit = await self._apply(items)
-            except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop the others
+            except Exception as error:  # whatever it is, it must not stop the others
+                if is_cancelled():
+                    raise  # a driver's clean-up has turned our cancel into an error of its own
                 if is_transient(error) or isinstance(error, StaleRowError):
                     logger.warning("a batch is tried again: %s", error, extra={"action": "engine.batch_retried"})
                     await self._clock.sleep(_DATABASE_PAUSE)

@@ -3,11 +3,14 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from events.clock import Clock
 
 _log = logging.getLogger(__name__)
+
+_CANCEL_AGAIN = 3.0  # seconds
 
 Run = Callable[[], Awaitable[None]]
 
@@ -45,11 +48,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Cancel all tasks; returns when they have ended. Stopping twice, or before any start, is fine."""
-        tasks = set(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await cancel_all(self._tasks)
 
     async def _watch(self, name: str, run: Run) -> None:
         failures = 0
@@ -82,6 +81,19 @@ class Supervisor:
                 await self._clock.sleep(pause)
             finally:
                 self._failing.discard(name)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel `tasks` and return when they have ended.
+
+    A cancel can get lost: it arrives while a driver cleans up after an error, comes out as that error, and the task
+    takes it for one that is worth another try. So whoever has not ended is cancelled again.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN)
 
 
 def is_cancelled() -> bool:

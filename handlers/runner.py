@@ -32,7 +32,7 @@ from events.intake import Intake, Item, completed_by, settle
 from events.message import Message
 from events.outbox import AfterCommit, Outbound, Outbox, recorded_reply
 from events.registry import Registry
-from events.service import Supervisor, is_cancelled
+from events.service import Supervisor, cancel_all, is_cancelled
 from handlers.context import Context
 from handlers.definition import Handler
 from handlers.execution import Execution, Outcome, Progress
@@ -131,10 +131,7 @@ class HandlerRunner:
                 grace,
                 extra={"action": "handler.handed_back", "handler": self._handler.name},
             )
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await cancel_all(self._tasks)
         await self._committing.stop()
 
     # Taking
@@ -386,8 +383,8 @@ class HandlerRunner:
             try:
                 return await work()
             except Exception as error:
-                if not is_transient(error):
-                    raise
+                if is_cancelled() or not is_transient(error):
+                    raise  # a driver's clean-up may have turned our cancel into an error of its own
                 logger.warning(
                     "%s waits for the database: %s",
                     self._handler.name,

@@ -10,6 +10,8 @@ from sqlalchemy import Row, event
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from events import relay as relay_module
+from events.bulk import delete_by_id
 from events.bus import Address, Exchange, Outgoing, Queue
 from events.clock import SystemClock
 from events.codec import Limits
@@ -365,19 +367,18 @@ async def test_what_a_crash_leaves_unconfirmed_is_published_under_the_same_event
 
 
 async def test_rows_that_could_not_be_deleted_are_deleted_when_the_database_is_back(
-    engine: AsyncEngine, bus: FakeBus, relay: Relay, clock: ManualClock
+    engine: AsyncEngine, bus: FakeBus, relay: Relay, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once they waited for the next message to be confirmed, and were published again when their lease was over."""
     broken = ["once"]
 
-    def refuse(
-        _connection: Connection, _cursor: object, statement: str, _parameters: object, _context: object, _many: bool
-    ) -> None:
-        if statement.startswith("DELETE FROM outbox") and broken:
+    async def refuse_once(*about: Any) -> None:
+        if broken:
             broken.pop()
             raise ConnectionResetError("the database is away")
+        await delete_by_id(*about)
 
-    event.listen(engine.sync_engine, "before_cursor_execute", refuse)
+    monkeypatch.setattr(relay_module, "delete_by_id", refuse_once)
     await commit(engine, relay, outbound("1"))
     await clock.pass_sleep(SUPERVISOR_PAUSE)
     await empty(engine)

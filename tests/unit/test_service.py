@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from events import service
 from events.clock import SystemClock
 from events.service import Supervisor
 
@@ -211,3 +212,29 @@ async def test_stopping_before_starting_and_twice_is_fine_and_starting_again_wor
     supervisor.start("worker", run)
     async with asyncio.timeout(5):
         await done.wait()
+
+
+async def test_a_cancel_that_a_task_takes_for_an_error_is_repeated(
+    clock: RecordingClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives while a driver cleans up, comes out as an error of that driver, and looks worth another try."""
+    monkeypatch.setattr(service, "_CANCEL_AGAIN", 0.01)
+    supervisor = Supervisor(clock)
+    running = asyncio.Event()
+    lost: list[str] = []
+
+    async def work() -> None:
+        while True:
+            try:
+                running.set()
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if lost:
+                    raise
+                lost.append("once")
+
+    supervisor.start("stubborn", work)
+    await running.wait()
+    async with asyncio.timeout(30):
+        await supervisor.stop()
+    assert lost == ["once"]
