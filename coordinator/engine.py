@@ -191,7 +191,7 @@ class Engine:
                 while await self.fire_timers() == _TIMER_BATCH:
                     pass
             except Exception as error:
-                if not (is_transient(error) or isinstance(error, StaleRowError)):
+                if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
                     raise
                 logger.warning("deadlines wait for the database: %s", error, extra={"action": "engine.database_away"})
             await self._clock.sleep(self._timer_every)

@@ -26,7 +26,7 @@ from events.errors import PublishError
 from events.failpoints import failpoint
 from events.ids import Ids, Random
 from events.outbox import ADDED, AfterCommit, Outbound
-from events.service import Supervisor
+from events.service import Supervisor, is_cancelled
 from events.storeclock import StoreClock
 from events.tables import Timestamp, outbox
 
@@ -302,7 +302,7 @@ class Relay:
                 if await self._publish(entries) == 0:
                     break  # the bus is away: do not run through the whole table in vain
         except Exception as error:
-            if not is_transient(error):
+            if is_cancelled() or not is_transient(error):
                 raise
             logger.warning("the outbox cannot be read: %s", error, extra={"action": "relay.database_away"})
         return total

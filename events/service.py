@@ -94,6 +94,8 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN)
+        for task in pending:
+            _log.warning("%s has not ended yet and is cancelled again", task.get_name(), extra={"action": "task_stuck"})
 
 
 def is_cancelled() -> bool:
