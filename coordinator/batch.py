@@ -298,7 +298,14 @@ class Batch:
             correlation_id=str(instance.id),
             causation_id=cause,
             traceparent=traceparent,
-            saga=SagaLink(instance.id, request.step, request.direction, request.attempt),
+            saga=SagaLink(
+                instance.id,
+                request.step,
+                request.direction,
+                request.attempt,
+                undoes=request.undoes,
+                undoes_type=request.undoes_type,
+            ),
             reply_to=REPLY_ADDRESS,
         )
         return Outbound(envelope, route(request.command), request.command.bundle_limit)

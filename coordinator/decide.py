@@ -56,13 +56,18 @@ Input = Started | Replied | Elapsed
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A command to send for a step. The same request, decided on again, has the same id."""
+    """A command to send for a step. The same request, decided on again, has the same id.
+
+    A compensation names the command that it undoes, by id and type.
+    """
 
     id: UUID
     command: Command
     step: str
     direction: Direction
     attempt: int
+    undoes: UUID | None = None
+    undoes_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,9 +381,17 @@ def _send(draft: _Draft, step: Step, direction: Direction, attempt: int, sends: 
             draft.settle(step.name, StepStatus.UNDO_FAILED)
             draft.explain(f"{step.name} could not be undone: {error}")
         return
-    draft.set(step.name, sends=sends, due_at=draft.now + timedelta(seconds=deadline.wait(sends)))
+    due_at = draft.now + timedelta(seconds=deadline.wait(sends))
     identity = derive_id(draft.before.id, step.name, direction.value, attempt)
-    draft.requests.append(Request(identity, command, step.name, direction, attempt))
+    if direction is Direction.DO:
+        named = command.message_type if step.undo is not None else None
+        draft.set(step.name, sends=sends, due_at=due_at, command=named)
+        draft.requests.append(Request(identity, command, step.name, direction, attempt))
+        return
+    draft.set(step.name, sends=sends, due_at=due_at)
+    at = draft.steps[step.name]
+    undoes = derive_id(draft.before.id, step.name, Direction.DO.value, at.attempt) if at.command else None
+    draft.requests.append(Request(identity, command, step.name, direction, attempt, undoes, at.command))
 
 
 def _end(draft: _Draft) -> None:

@@ -57,6 +57,7 @@ class StepState:
         sends: how often the outstanding command was sent.
         due_at: when its answer is given up on.
         answer: what was heard of a step that is given up on or undone; None if nothing was.
+        command: the type of the command, where a compensation will want to name it.
         made_of: the saga's state that the outstanding command was made of, where it has changed since.
     """
 
@@ -66,6 +67,7 @@ class StepState:
     sends: int = 0
     due_at: datetime | None = None
     answer: Result | None = None
+    command: str | None = None
     made_of: dict[str, Any] | None = None
 
     def awaits(self, direction: Direction, attempt: int) -> bool:
@@ -85,6 +87,8 @@ class StepState:
             document["due_at"] = self.due_at.isoformat()
         if self.answer:
             document["answer"] = self.answer.value
+        if self.command:
+            document["command"] = self.command
         if self.made_of is not None:
             document["made_of"] = self.made_of
         return document
@@ -100,6 +104,7 @@ class StepState:
             document.get("sends", 0),
             datetime.fromisoformat(due_at) if due_at else None,
             Result(answer) if answer else None,
+            document.get("command"),
             document.get("made_of"),
         )
 

@@ -21,11 +21,13 @@ from events.database import open_database, sqlite_file
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
 from events.ids import Ids, Random, TimeOrderedIds, system_random
+from events.message import Command
 from events.outbox import Outbox
 from events.publisher import Publisher
 from events.rabbitmq import RabbitMQBus
 from events.relay import Relay
 from events.sqlite import FileLock
+from handlers.fence import Fence
 from handlers.runner import HandlerRunner
 
 
@@ -130,6 +132,7 @@ class Node:
         if self._app.resources:
             container = make_async_container(*self._app.resources)
             self._stack.push_async_callback(container.close)
+        fence = Fence(frozenset(h.message.message_type for h in self._app.handlers if issubclass(h.message, Command)))
         return [
             HandlerRunner(
                 handler,
@@ -143,6 +146,7 @@ class Node:
                 ids=self._ids,
                 random=self._random,
                 limits=self._settings.limits,
+                fence=fence,
             )
             for handler in self._handlers
         ]

@@ -328,13 +328,15 @@ def _trace(text: str | None) -> str | None:
 
 def _saga(attributes: dict[str, Any]) -> SagaLink:
     try:
-        result = attributes.get("sagaresult")
+        result, undoes = attributes.get("sagaresult"), attributes.get("sagaundoes")
         return SagaLink(
             saga_id=UUID(_required(attributes, "sagaid")),
             step=_required(attributes, "sagastep"),
             direction=Direction(_required(attributes, "sagadirection")),
             attempt=int(attributes["sagaattempt"]),
             result=None if result is None else Result(result),
+            undoes=None if undoes is None else UUID(undoes),
+            undoes_type=None if undoes is None else _required(attributes, "sagaundoestype"),
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise MalformedError(f"the saga attributes do not fit together: {error}") from error

@@ -31,13 +31,30 @@ class Result(StrEnum):
 
 @dataclass(slots=True, frozen=True)
 class SagaLink:
-    """Ties a command or reply to the saga instance, step, direction and attempt it belongs to."""
+    """Ties a command or reply to the saga instance, step, direction and attempt it belongs to.
+
+    A compensation also names the command that it undoes: `undoes` is its id, `undoes_type` its type.
+    """
 
     saga_id: UUID
     step: str
     direction: Direction
     attempt: int
     result: Result | None = None
+    undoes: UUID | None = None
+    undoes_type: str | None = None
+
+    def add_to(self, attributes: dict[str, Any]) -> None:
+        """Write this as extension attributes of a CloudEvent."""
+        attributes["sagaid"] = self.saga_id
+        attributes["sagastep"] = self.step
+        attributes["sagadirection"] = self.direction
+        attributes["sagaattempt"] = self.attempt
+        if self.result is not None:
+            attributes["sagaresult"] = self.result
+        if self.undoes is not None:
+            attributes["sagaundoes"] = self.undoes
+            attributes["sagaundoestype"] = self.undoes_type
 
 
 @dataclass(slots=True)
@@ -90,13 +107,8 @@ class Envelope:
             attributes["tracestate"] = self.tracestate
         if self.reply_to is not None:
             attributes["replyto"] = self.reply_to
-        if (saga := self.saga) is not None:
-            attributes["sagaid"] = saga.saga_id
-            attributes["sagastep"] = saga.step
-            attributes["sagadirection"] = saga.direction
-            attributes["sagaattempt"] = saga.attempt
-            if saga.result is not None:
-                attributes["sagaresult"] = saga.result
+        if self.saga is not None:
+            self.saga.add_to(attributes)
         return b'%b,"data":%b}' % (to_json(attributes)[:-1], self.data)
 
 

@@ -127,6 +127,7 @@ class RelayOptions:
         sweep_limit: rows taken at a time.
         backoff_first: seconds before the second try of a row; doubles up to `backoff_most`, with jitter.
         share: a bundle takes at most one part in `share` of what waits for its address.
+        delete_every: seconds for which confirmed rows are collected before they are deleted together.
     """
 
     lease: float = 15.0
@@ -135,6 +136,7 @@ class RelayOptions:
     backoff_first: float = 0.5
     backoff_most: float = 30.0
     share: int = 2
+    delete_every: float = 0.1
 
 
 class Relay:
@@ -183,6 +185,10 @@ class Relay:
         if event.contains(Session, "after_commit", self._after_commit):
             event.remove(Session, "after_commit", self._after_commit)
         await self._supervisor.stop()
+        try:
+            await self._delete_confirmed()  # or somebody would publish them once more
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not keep the process from ending
+            logger.warning("confirmed messages are not deleted: %s", error, extra={"action": "relay.not_deleted"})
 
     def _after_commit(self, session: Session) -> None:
         if session.in_nested_transaction():
@@ -272,13 +278,18 @@ class Relay:
         while True:
             if not self._confirmed:  # after an error there still are some
                 await _cleared(self._to_delete)
-            ids = list(self._confirmed)
-            if not ids:
-                continue
-            async with self._single.begin() as connection:
-                await delete_by_id(connection, outbox, ids)
-            for _ in ids:  # only now: after an error they are deleted again
-                self._confirmed.popleft()
+            if self._options.delete_every:  # nobody else looks at them before their lease is over
+                await self._clock.sleep(self._options.delete_every)
+            await self._delete_confirmed()
+
+    async def _delete_confirmed(self) -> None:
+        ids = list(self._confirmed)
+        if not ids:
+            return
+        async with self._single.begin() as connection:
+            await delete_by_id(connection, outbox, ids)
+        for _ in ids:  # only now: after an error they are deleted again
+            self._confirmed.popleft()
 
     # Sweeping
 

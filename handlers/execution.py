@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+from uuid import UUID
 
 from dishka import AsyncContainer
 from opentelemetry.trace import SpanKind
@@ -23,7 +24,7 @@ from events.envelope import Envelope, Result, SagaLink, wrap
 from events.errors import CoordinatorError, DefinitionError, RejectedError
 from events.ids import Random
 from events.intake import Item
-from events.message import Event, Failed, Message, Reply, Succeeded
+from events.message import Event, Failed, Message, Refused, Reply, Succeeded
 from events.outbox import Outbound, route
 from events.registry import Registry
 from events.service import is_cancelled
@@ -45,7 +46,7 @@ class Progress(Enum):
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one message, ready to be committed."""
+    """What came of one message, ready to be committed. `bars` is the key of a command that must not run any more."""
 
     item: Item
     envelope: Envelope | None
@@ -53,6 +54,7 @@ class Outcome:
     messages: list[Outbound] = field(default_factory=list)
     reply: Outbound | None = None
     dead: DeadLetter | None = None
+    bars: UUID | None = None
     progress: Progress = Progress.PENDING
 
 
@@ -112,6 +114,31 @@ class Execution:
             failure = Failed(code=code, reason=detail[-_MAX_REASON:], attempts=attempts)
             span = tracing.current_span()
             self._reply(outcome, envelope, failure, tracing.traceparent_of(span), tracing.tracestate_of(span))
+        return outcome
+
+    def undo_nothing(self, item: Item, envelope: Envelope, bars: UUID | None) -> Outcome:
+        """Return the outcome of a compensation whose command has not run here, and never will."""
+        logger.info(
+            "%s has nothing to undo: the command of %s has not run, and is barred from now on",
+            self._handler.name,
+            envelope.id,
+            extra={"action": "handler.nothing_to_undo", "handler": self._handler.name, "message_id": envelope.id},
+        )
+        outcome = Outcome(item, envelope, Result.SUCCEEDED, bars=bars)
+        self._reply(outcome, envelope, Succeeded(), envelope.traceparent, envelope.tracestate)
+        return outcome
+
+    def refuse(self, item: Item, envelope: Envelope) -> Outcome:
+        """Return the outcome of a command whose compensation was there first. Nothing more is recorded of it."""
+        logger.info(
+            "%s does not run %s: its compensation was there first",
+            self._handler.name,
+            envelope.id,
+            extra={"action": "handler.barred", "handler": self._handler.name, "message_id": envelope.id},
+        )
+        outcome = Outcome(item, None, Result.DECLINED)
+        refused = Refused(reason="its compensation was there first")
+        self._reply(outcome, envelope, refused, envelope.traceparent, envelope.tracestate)
         return outcome
 
     async def run(self, item: Item, envelope: Envelope, once: Once) -> Outcome:

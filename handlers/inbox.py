@@ -1,6 +1,7 @@
 """The inbox: which messages a consumer has handled, and what it replied."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -9,6 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events.bulk import Bulk, Lookup
 from events.database import reader
+from events.errors import StaleRowError
+from events.message import Command
+from handlers.definition import Handler
 from handlers.tables import inbox
 
 _recorded = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", key="message_key")
@@ -24,19 +28,30 @@ class Recorded:
     reply_to: str | None
 
 
-class Inbox:
-    """The inbox of one consumer."""
+_replace = Bulk(inbox, "message_key", "reply", "reply_to")
+_OF_COMMANDS = "command"
 
-    def __init__(self, engine: AsyncEngine, consumer: str) -> None:
+
+class Inbox:
+    """The inbox of one consumer.
+
+    An event is recorded for each of its consumers. A command has but one, so its key alone says whether it was
+    handled, whatever that one is called.
+    """
+
+    def __init__(self, engine: AsyncEngine, handler: Handler) -> None:
         self._reader = reader(engine)
-        self._consumer = consumer
+        self._any_consumer = issubclass(handler.message, Command)
+        self._consumer = _OF_COMMANDS if self._any_consumer else handler.name
 
     async def find(self, keys: Sequence[UUID]) -> Mapping[UUID, Recorded]:
         """Return what is recorded of `keys`, outside any transaction."""
         async with self._reader.connect() as connection:
             rows = await _recorded.find(connection, keys)
         return {
-            key: Recorded(key, reply, reply_to) for key, consumer, reply, reply_to in rows if consumer == self._consumer
+            key: Recorded(key, reply, reply_to)
+            for key, consumer, reply, reply_to in rows
+            if self._any_consumer or consumer == self._consumer
         }
 
     async def record_new(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> None:
@@ -50,6 +65,17 @@ class Inbox:
         answer: its own work must not be committed.
         """
         return set(await _insert.insert_new(connection, self._rows(handled, now), key=("message_key", "consumer")))
+
+    async def take_over(self, connection: AsyncConnection, handled: Sequence[Recorded], barred: bytes) -> set[UUID]:
+        """Record messages in whose place only the mark `barred` stands; return their keys."""
+        taken = set()
+        for entry in sorted(handled, key=lambda entry: entry.key.int):
+            with suppress(StaleRowError):
+                async with connection.begin_nested():
+                    row = (entry.key, entry.reply, entry.reply_to)
+                    await _replace.update(connection, [row], key="message_key", expected=("reply", [barred]))
+                taken.add(entry.key)
+        return taken
 
     def _rows(self, handled: Sequence[Recorded], now: datetime) -> list[tuple[object, ...]]:
         """Return the rows in one order for everybody, so that two batches cannot deadlock."""

@@ -36,6 +36,7 @@ from events.service import Supervisor, cancel_all, is_cancelled
 from handlers.context import Context
 from handlers.definition import Handler
 from handlers.execution import Execution, Outcome, Progress
+from handlers.fence import BARRED, Fence, is_barred
 from handlers.inbox import Inbox, Recorded
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class HandlerRunner:
         ids: Ids,
         random: Random,
         limits: Limits,
+        fence: Fence,
     ) -> None:
         self._handler = handler
         self._execution = Execution(handler, registry, source=source, container=container, clock=clock, random=random)
@@ -83,7 +85,8 @@ class HandlerRunner:
         self._single = single_statements(engine)
         self._bus = bus
         self._outbox = outbox
-        self._inbox = Inbox(engine, handler.name)
+        self._inbox = Inbox(engine, handler)
+        self._fence = fence
         self._clock = clock
         self._ids = ids
         self._limits = limits
@@ -150,7 +153,9 @@ class HandlerRunner:
                 self._intake.put_back(items[started:])
 
     async def _find_recorded(self, items: Sequence[Item]) -> Mapping[UUID, Recorded]:
-        keys = [item.part.envelope.key for item in items if isinstance(item.part, Readable)]
+        envelopes = [item.part.envelope for item in items if isinstance(item.part, Readable)]
+        keys = [envelope.key for envelope in envelopes]
+        keys += [command for envelope in envelopes if (command := self._fence.undone_by(envelope)) is not None]
         if not keys:
             return {}
         return await self._until_database_answers(lambda: self._inbox.find(keys))
@@ -163,11 +168,16 @@ class HandlerRunner:
         envelope = part.envelope
         key = envelope.key
         if known := recorded.get(key):
-            self._finish(self._repeat(item, envelope, known))
+            answer = self._execution.refuse(item, envelope) if is_barred(known) else self._repeat(item, envelope, known)
+            self._finish(answer)
         elif key in self._running:
             self._running[key].append(item)
         elif key in self._released:  # it may have been recorded after we looked: look again
             self._intake.put_back([item])
+        elif self._fence.has_nothing_to_undo(envelope, recorded):
+            command = self._fence.undone_by(envelope)
+            self._running[key] = []
+            self._finish(self._execution.undo_nothing(item, envelope, None if command in recorded else command))
         else:
             await self._slots.acquire()
             self._running[key] = []
@@ -240,7 +250,7 @@ class HandlerRunner:
                 async with AsyncSession(bind=connection, expire_on_commit=False) as session:
                     outcome = await self._call(item, envelope, message, context, session)
                     await session.flush()
-                    kept, after_commit = await self._store(connection, [outcome])
+                    kept, after_commit = await self._store(connection, [outcome], has_run=False)
                 if not kept:
                     raise _LostRaceError  # noqa: TRY301  # it must pass the transaction to roll it back
                 await failpoint("handler.before_commit")
@@ -333,7 +343,7 @@ class HandlerRunner:
             except IntegrityError:
                 pass  # somebody has recorded one of them since it was looked up: find out which
         async with transaction(self._engine) as connection:
-            result = await self._store(connection, outcomes)
+            result = await self._store(connection, outcomes, has_run=True)
             await failpoint("handler.before_commit")
         return result
 
@@ -341,20 +351,33 @@ class HandlerRunner:
         """Record outcomes that nobody has recorded: inbox, dead letters and outbox in one trip to the database."""
         now = self._clock.now()
         async with self._single.connect() as connection, together(connection):
-            await self._inbox.record_new(connection, self._recorded(outcomes), now)
+            await self._inbox.record_new(connection, [*self._barred(outcomes), *self._recorded(outcomes)], now)
             after_commit = await self._store_consequences(connection, outcomes, now)
             await failpoint("handler.before_commit")
         return after_commit
 
     async def _store(
-        self, connection: AsyncConnection, outcomes: Sequence[Outcome]
+        self, connection: AsyncConnection, outcomes: Sequence[Outcome], *, has_run: bool
     ) -> tuple[list[Outcome], AfterCommit]:
-        """Record `outcomes` in the open transaction: inbox, dead letters, outbox. Returns those that were kept."""
-        new = self._recorded(outcomes)
+        """Record `outcomes` in the open transaction: inbox, dead letters, outbox. Returns those that were kept.
+
+        `has_run` says that what the handler did stays done even if the transaction is rolled back. Then a command
+        that was barred while it ran is recorded all the same: its reply comes late, and it is undone once more.
+        """
         now = self._clock.now()
+        bars = self._barred(outcomes)
+        barred = await self._inbox.record(connection, bars, now) if bars else set()
+        judged = [outcome for outcome in outcomes if outcome.bars is None or outcome.bars in barred]
+        new = self._recorded(judged)
         fresh = await self._inbox.record(connection, new, now) if new else set()
-        kept = [outcome for outcome in outcomes if outcome.envelope is None or outcome.envelope.key in fresh]
+        if has_run and len(fresh) < len(new):
+            late = [entry for entry in new if entry.key not in fresh]
+            fresh |= await self._inbox.take_over(connection, late, BARRED)
+        kept = [outcome for outcome in judged if outcome.envelope is None or outcome.envelope.key in fresh]
         return kept, await self._store_consequences(connection, kept, now)
+
+    def _barred(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
+        return [Recorded(outcome.bars, BARRED, None) for outcome in outcomes if outcome.bars is not None]
 
     def _recorded(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
         return [

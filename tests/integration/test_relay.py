@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from sqlalchemy import Row, event
+from sqlalchemy import Row, Table, event
 from sqlalchemy.engine import Connection
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events import relay as relay_module
 from events.bulk import delete_by_id
@@ -364,6 +364,41 @@ async def test_what_a_crash_leaves_unconfirmed_is_published_under_the_same_event
     assert ids(bus.attempts) == ["1"] * (2 if place == "relay.after_confirm" else 1)
     await commit(engine, relay, outbound("2"))
     await bus.seen(len(bus.attempts) + 1)
+
+
+async def test_confirmed_rows_are_deleted_together(
+    engine: AsyncEngine, bus: FakeBus, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[int] = []
+
+    async def note(connection: AsyncConnection, table: Table, rows: Sequence[Any]) -> None:
+        deleted.append(len(rows))
+        await delete_by_id(connection, table, rows)
+
+    monkeypatch.setattr(relay_module, "delete_by_id", note)
+    relay = make_relay(engine, bus, clock, options=OPTIONS, delete_every=5)
+    await relay.start()
+    for number in range(3):
+        await commit(engine, relay, outbound(str(number)))
+        await bus.seen(number + 1)
+    assert await count_rows(engine, outbox) == 3
+    await clock.pass_sleep(5)
+    await empty(engine)
+    assert deleted == [3]
+    await relay.stop()
+
+
+async def test_a_relay_that_stops_leaves_no_confirmed_row_behind(
+    engine: AsyncEngine, bus: FakeBus, clock: ManualClock
+) -> None:
+    """I20: the next process would find it, and publish it once more."""
+    relay = make_relay(engine, bus, clock, options=OPTIONS, delete_every=5)
+    await relay.start()
+    await commit(engine, relay, outbound("1"))
+    await bus.seen(1)
+    await clock.asleep(5)
+    await relay.stop()
+    assert await count_rows(engine, outbox) == 0
 
 
 async def test_rows_that_could_not_be_deleted_are_deleted_when_the_database_is_back(

@@ -5,6 +5,7 @@ import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -28,6 +29,7 @@ from events.registry import Registry
 from events.relay import Relay, RelayOptions
 from events.tables import dead_letter, metadata, outbox
 from handlers.definition import Handler
+from handlers.fence import Fence
 from handlers.runner import HandlerRunner
 from handlers.tables import inbox
 
@@ -282,10 +284,11 @@ class Stage:
         self.bus = bus
         self.clock = clock
         self.ids = TimeOrderedIds()
-        self.relay = Relay(engine, bus, clock=clock, ids=self.ids, random=Longest(), limits=Limits())
+        self.relay = make_relay(engine, bus, clock)
         self.outbox: Outbox = bus if isinstance(bus, EmbeddedBus) else self.relay
         self.replies = Mailbox()
         self.events = Mailbox()
+        self.commands: set[str] = set()  # types of those that are handled here, for the fence
         self._runners: list[HandlerRunner] = []
 
     async def open(self) -> None:
@@ -323,6 +326,7 @@ class Stage:
             ids=self.ids,
             random=Longest(),
             limits=limits or Limits(),
+            fence=Fence(frozenset(self.commands)),
         )
         await self.bus.declare([handler.queue])
         await runner.start()
@@ -438,6 +442,7 @@ def make_relay(
     *,
     options: RelayOptions | None = None,
     limits: Limits | None = None,
+    delete_every: float = 0,
 ) -> Relay:
     return Relay(
         engine,
@@ -446,5 +451,5 @@ def make_relay(
         ids=TimeOrderedIds(),
         random=Longest(),
         limits=limits or Limits(),
-        options=options,
+        options=replace(options or RelayOptions(), delete_every=delete_every),
     )

@@ -73,7 +73,7 @@ full = Envelope(
     causation_id="click",
     traceparent=TRACE,
     tracestate="vendor=1",
-    saga=SagaLink(SAGA, "charge", Direction.UNDO, 2, Result.DECLINED),
+    saga=SagaLink(SAGA, "charge", Direction.UNDO, 2, Result.DECLINED, SAGA, "charge.card"),
     reply_to="coordinator",
 )
 

@@ -36,6 +36,7 @@ from tests.support.sagas import (
 DO, UNDO = Direction.DO, Direction.UNDO
 SUCCEEDED, DECLINED, FAILED = Result.SUCCEEDED, Result.DECLINED, Result.FAILED
 TICKET = FlightBooked(ticket="LH-1")
+BY_TEN = START + timedelta(seconds=10)
 
 
 def at_flight(*faults: str) -> Run:
@@ -84,7 +85,7 @@ def test_a_start_makes_an_instance_and_asks_for_the_first_step() -> None:
         key="t-1",
         status=Status.RUNNING,
         state={"trip": "t-1", "faults": [], "ticket": None, "refusal": None},
-        steps={"hotel": StepState(StepStatus.RUNNING, sends=1, due_at=START + timedelta(seconds=10))},
+        steps={"hotel": StepState(StepStatus.RUNNING, sends=1, due_at=BY_TEN, command="book.hotel")},
         revision=1,
         due_at=START + timedelta(seconds=10),
         traceparent="00-trace-01",
@@ -134,6 +135,14 @@ def test_a_saga_may_end_in_silence() -> None:
 
 
 # Turning back
+
+
+def test_a_compensation_names_the_command_that_it_undoes() -> None:
+    run = at_flight()
+    command = run.request
+    assert (command.undoes, command.undoes_type) == (None, None)
+    run.done("flight", FAILED)
+    assert (run.request.undoes, run.request.undoes_type) == (command.id, "book.flight")
 
 
 def test_a_declined_first_step_leaves_nothing_to_undo() -> None:
@@ -799,8 +808,8 @@ def test_every_revision_has_a_history_entry_with_what_changed_and_what_was_sent(
     assert entry.change == {
         "state": {"ticket": "LH-1"},
         "steps": {
-            "flight": {"status": "succeeded", "attempt": 1, "sends": 1},
-            "payment": {"status": "running", "attempt": 1, "sends": 1, "due_at": due},
+            "flight": {"status": "succeeded", "attempt": 1, "sends": 1, "command": "book.flight"},
+            "payment": {"status": "running", "attempt": 1, "sends": 1, "due_at": due, "command": "pay.trip"},
         },
     }
     assert entry.sent == ({"id": str(run.request.id), "type": "pay.trip", "step": "payment", "direction": "do"},)
