@@ -5,7 +5,8 @@ standard error that says what to do.
 """
 
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -80,7 +81,11 @@ def run(
     handlers = False if only == "coordinator" else frozenset(handler) if handler else True
 
     async def work() -> None:
-        async with Node(loaded, settings, coordinator=only != "handlers", handlers=handlers):
+        def node() -> Node:
+            return Node(loaded, settings, coordinator=only != "handlers", handlers=handlers)
+
+        async with AsyncExitStack() as stack:
+            await process.enter_when_up(stack, node, patience=settings.wait, clock=SystemClock())
             out.print(f"{loaded.name} is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()
 
@@ -96,7 +101,13 @@ def relay() -> None:
     process.log_to_stderr(settings.log_level, settings.log_format)
 
     async def work() -> None:
-        async with open_schema(settings) as engine, open_bus(settings, engine):
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[None]:
+            async with open_schema(settings) as engine, open_bus(settings, engine):
+                yield
+
+        async with AsyncExitStack() as stack:
+            await process.enter_when_up(stack, opened, patience=settings.wait, clock=SystemClock())
             out.print("the relay is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()
 

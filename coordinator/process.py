@@ -5,8 +5,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from typing import Any, TypeVar
 
 from opentelemetry import trace
@@ -16,10 +16,16 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from pythonjsonlogger.json import JsonFormatter
 
-from events.errors import ConfigurationError
+from events.clock import Clock
+from events.database import is_transient
+from events.errors import BusClosedError, ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 5.0
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -87,6 +93,30 @@ def _exporter() -> SpanExporter:
         raise ConfigurationError(
             "an OTLP endpoint is set, but the exporter is not installed: pip install 'saga-coordinator[otlp]'"
         ) from error
+
+
+async def enter_when_up(
+    stack: AsyncExitStack, opening: Callable[[], AbstractAsyncContextManager[T]], *, patience: float, clock: Clock
+) -> T:
+    """Enter what `opening` returns; while a server is not up yet, try again for `patience` seconds.
+
+    Programs and servers are often started together, and nobody wants to put them in order.
+
+    Raises:
+        Exception: what `opening` raises that waiting does not change, or that has not changed in time.
+    """
+    end = clock.monotonic() + patience
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return await stack.enter_async_context(opening())
+        except Exception as error:
+            left = end - clock.monotonic()
+            if not (isinstance(error, BusClosedError) or is_transient(error)) or left <= 0:
+                raise
+            logger.warning("waits for a server, %.0f s more: %s", left, error, extra={"action": "process.waits"})
+        await clock.sleep(min(pause, left))
+        pause = min(_LONGEST_PAUSE, pause * 2)
 
 
 async def until_stopped() -> None:

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     migrate: bool = Field(default=True, description="bring the database schema up to date at start")
     max_body: int = Field(default=256 * 1024, ge=1024, description="largest message in bytes")
     max_headers: int = Field(default=16 * 1024, ge=256, description="largest AMQP headers in bytes")
+    wait: float = Field(default=60.0, ge=0, description="seconds to wait at start for servers that are not up yet")
     grace: float = Field(default=20.0, ge=0, description="seconds that running handlers get to end at shutdown")
     pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
     log_level: str = Field(default="INFO", pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", description="what is logged")

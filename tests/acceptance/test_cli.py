@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.base import wait_until
+from tests.support.base import free_port, wait_until
 from tests.support.processes import COMMAND, Process
 
 pytestmark = pytest.mark.acceptance
@@ -132,7 +132,11 @@ def test_the_relay_alone_publishes_what_a_service_has_committed(on_servers: dict
         ({"COORDINATOR_BROKER_URL": "http://x"}, ["run", APP], "COORDINATOR_BROKER_URL: write amqp://"),
         ({"COORDINATOR_DATABASE_URL": "mysql://u:hush@x/y"}, ["sagas", "list"], "COORDINATOR_DATABASE_URL: write"),
         ({"COORDINATOR_DATABASE_URL": "postgresql://u:hush@127.0.0.1:1/y"}, ["sagas", "list"], "cannot be reached"),
-        ({"COORDINATOR_BROKER_URL": "amqp://u:hush@127.0.0.1:1/"}, ["run", APP], "cannot be reached"),
+        (
+            {"COORDINATOR_BROKER_URL": "amqp://u:hush@127.0.0.1:1/", "COORDINATOR_WAIT": "0"},
+            ["run", APP],
+            "cannot be reached",
+        ),
         ({"COORDINATOR_MAX_BODY": "1"}, ["run", APP], "COORDINATOR_MAX_BODY"),
         ({}, ["run", "nosuch.module:app"], "there is no module 'nosuch.module'"),
         ({}, ["run", "tests.support.ledger_app:nothing"], "is no App"),
@@ -162,3 +166,12 @@ def test_a_second_process_on_the_same_sqlite_file_is_refused(environment: dict[s
         assert "Another process works on this SQLite file" in second.stderr
         assert coordinator(environment, "sagas", "list").returncode == 0, "looking is allowed"
         assert process.terminate() == 0
+
+
+def test_an_application_that_is_started_before_its_broker_waits_for_it(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    away = {**environment, "COORDINATOR_BROKER_URL": f"amqp://127.0.0.1:{free_port()}/", "COORDINATOR_WAIT": "300"}
+    with Process(tmp_path / "log", "run", APP, environment=away) as process:
+        wait_until(lambda: "waits for a server" in process.log, "the first try")
+        assert "is running" not in process.log

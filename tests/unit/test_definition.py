@@ -401,6 +401,7 @@ def test_without_an_environment_everything_stays_in_one_file() -> None:
     assert settings.model_dump(exclude={"broker_url", "database_url", "max_body", "max_headers"}) == {
         "namespace": "saga",
         "migrate": True,
+        "wait": 60.0,
         "grace": 20.0,
         "pool_size": 10,
         "log_level": "INFO",
@@ -415,6 +416,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "migrate": ("false", False),
     "max_body": ("1024", 1024),
     "max_headers": ("256", 256),
+    "wait": ("0", 0.0),
     "grace": ("0.5", 0.5),
     "pool_size": ("2", 2),
     "log_level": ("DEBUG", "DEBUG"),

@@ -1,0 +1,74 @@
+"""What a process does before it works."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from coordinator.process import enter_when_up
+from events.errors import BusClosedError, ConfigurationError
+from tests.support.flows import ManualClock
+
+
+class Server:
+    """Refuses as often as it is told to."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors: Iterator[Exception] = iter(errors)
+        self.tries = 0
+        self.closed = False
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[str]:
+        self.tries += 1
+        if error := next(self.errors, None):
+            raise error
+        yield "open"
+        self.closed = True
+
+
+async def enter(server: Server, patience: float) -> tuple[str, list[float]]:
+    clock = ImpatientClock()
+    async with AsyncExitStack() as stack:
+        found = await enter_when_up(stack, server.open, patience=patience, clock=clock)
+        assert not server.closed
+    assert server.closed
+    return found, clock.pauses
+
+
+class ImpatientClock(ManualClock):
+    """Time passes as soon as somebody sleeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.advance(seconds)
+
+
+async def test_a_server_that_is_not_up_yet_is_waited_for_with_growing_pauses() -> None:
+    server = Server(BusClosedError("no broker"), ConnectionRefusedError(), *[TimeoutError()] * 4)
+    assert await enter(server, 60) == ("open", [0.5, 1.0, 2.0, 4.0, 5.0, 5.0])
+
+
+async def test_patience_has_an_end() -> None:
+    server = Server(*[BusClosedError("no broker")] * 100)
+    with pytest.raises(BusClosedError, match="no broker"):
+        await enter(server, 3)
+    assert server.tries == 4
+
+
+async def test_what_waiting_does_not_change_is_an_error_at_once() -> None:
+    server = Server(ConfigurationError("wrong password"))
+    with pytest.raises(ConfigurationError, match="wrong password"):
+        await enter(server, 60)
+    assert server.tries == 1
+
+
+async def test_without_patience_there_is_one_try() -> None:
+    server = Server(BusClosedError("no broker"))
+    with pytest.raises(BusClosedError):
+        await enter(server, 0)
+    assert server.tries == 1
