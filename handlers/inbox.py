@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events.bulk import Bulk, Lookup
 from events.database import reader
+from events.envelope import Envelope
 from events.errors import StaleRowError
 from events.message import Command
 from handlers.definition import Handler
@@ -24,34 +25,40 @@ class Recorded:
     """A handled message and the encoded reply it was given, if it was given one."""
 
     key: UUID
+    consumer: str
     reply: bytes | None
     reply_to: str | None
 
 
 _replace = Bulk(inbox, "message_key", "reply", "reply_to")
-_OF_COMMANDS = "command"
+OF_SAGAS = "saga"
 
 
 class Inbox:
     """The inbox of one consumer.
 
-    An event is recorded for each of its consumers. A command has but one, so its key alone says whether it was
-    handled, whatever that one is called.
+    A message is recorded for each of its consumers: a foreign client may well give one id to messages of several
+    types. A saga's command has an id of its own and a single receiver, and is recorded under `OF_SAGAS`, so that
+    the handler of its compensation finds it, and can stand in its place.
     """
 
     def __init__(self, engine: AsyncEngine, handler: Handler) -> None:
         self._reader = reader(engine)
-        self._any_consumer = issubclass(handler.message, Command)
-        self._consumer = _OF_COMMANDS if self._any_consumer else handler.name
+        self._name = handler.name
+        self._commands = issubclass(handler.message, Command)
+
+    def consumer_of(self, envelope: Envelope) -> str:
+        """Return under which name a message is recorded."""
+        return OF_SAGAS if self._commands and envelope.saga is not None else self._name
 
     async def find(self, keys: Sequence[UUID]) -> Mapping[UUID, Recorded]:
         """Return what is recorded of `keys`, outside any transaction."""
         async with self._reader.connect() as connection:
             rows = await _recorded.find(connection, keys)
         return {
-            key: Recorded(key, reply, reply_to)
+            key: Recorded(key, consumer, reply, reply_to)
             for key, consumer, reply, reply_to in rows
-            if self._any_consumer or consumer == self._consumer
+            if consumer == self._name or (self._commands and consumer == OF_SAGAS)
         }
 
     async def record_new(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> None:
@@ -80,4 +87,4 @@ class Inbox:
     def _rows(self, handled: Sequence[Recorded], now: datetime) -> list[tuple[object, ...]]:
         """Return the rows in one order for everybody, so that two batches cannot deadlock."""
         ordered = sorted(handled, key=lambda entry: entry.key.int)
-        return [(entry.key, self._consumer, entry.reply, entry.reply_to, now) for entry in ordered]
+        return [(entry.key, entry.consumer, entry.reply, entry.reply_to, now) for entry in ordered]

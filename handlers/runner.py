@@ -37,7 +37,7 @@ from handlers.context import Context
 from handlers.definition import Handler
 from handlers.execution import Execution, Outcome, Progress
 from handlers.fence import BARRED, Fence, is_barred
-from handlers.inbox import Inbox, Recorded
+from handlers.inbox import OF_SAGAS, Inbox, Recorded
 
 logger = logging.getLogger(__name__)
 
@@ -377,12 +377,13 @@ class HandlerRunner:
         return kept, await self._store_consequences(connection, kept, now)
 
     def _barred(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
-        return [Recorded(outcome.bars, BARRED, None) for outcome in outcomes if outcome.bars is not None]
+        return [Recorded(outcome.bars, OF_SAGAS, BARRED, None) for outcome in outcomes if outcome.bars is not None]
 
     def _recorded(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
         return [
             Recorded(
                 outcome.envelope.key,
+                self._inbox.consumer_of(outcome.envelope),
                 outcome.reply.encode(self._limits) if outcome.reply else None,
                 outcome.reply.address.key if outcome.reply else None,
             )

@@ -11,18 +11,15 @@ from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink
 from handlers.context import Declined
 from handlers.definition import Handler, Retry, handles
-from tests.support.flows import PATIENCE, ChargeCard, Charged, Stage, effects, enveloped, open_stage
+from tests.support.flows import PATIENCE, ChargeCard, Charged, RefundCard, Stage, effects, enveloped, open_stage
 
 ONCE = Retry(attempts=1)
 
 
-class RefundCard(ChargeCard, type="refund.card"):
-    pass
-
-
-@pytest.fixture(params=["sqlite_url", "pg_url"])
+@pytest.fixture(params=["embedded", "sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 async def stage(request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
-    async with open_stage(request.getfixturevalue(request.param)) as opened:
+    url = request.getfixturevalue("pg_url" if request.param == "postgres" else "sqlite_url")
+    async with open_stage(url, embedded=request.param == "embedded") as opened:
         opened.commands = {"charge.card"}
         yield opened
 

@@ -24,6 +24,7 @@ from tests.support.flows import (
     OrderPlaced,
     PaymentCaptured,
     PaymentFailed,
+    RefundCard,
     Stage,
     bodies,
     effects,
@@ -113,6 +114,28 @@ async def keep(command: ChargeCard, session: AsyncSession) -> Charged:
 
 def charge(order: str = "1") -> Envelope:
     return enveloped(ChargeCard(order=order), saga=link())
+
+
+async def test_messages_of_two_types_with_one_id_are_two_messages(stage: Stage) -> None:
+    """A careless client names all its messages after the order; only commands of sagas have ids of their own."""
+    order = "01a20000-0000-7000-8000-000000000001"
+    runs: list[str] = []
+
+    @handles(ChargeCard)
+    async def charge_card(_: ChargeCard) -> None:
+        runs.append("charge")
+
+    @handles(RefundCard)
+    async def refund_card(_: RefundCard) -> None:
+        runs.append("refund")
+
+    await stage.start(charge_card)
+    await stage.start(refund_card)
+    for message in (ChargeCard(order="1"), RefundCard(order="1"), ChargeCard(order="1")):
+        await stage.send(enveloped(message, id=order))
+    await stage.settled(charge_card)
+    await stage.settled(refund_card)
+    assert sorted(runs) == ["charge", "refund"]
 
 
 # Success

@@ -46,6 +46,10 @@ class ChargeCard(Command):
     order: str
 
 
+class RefundCard(Command):
+    order: str
+
+
 class OrderPlaced(Event):
     order: str
 
