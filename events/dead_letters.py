@@ -1,5 +1,7 @@
 """Messages that were given up on, kept whole with the reason."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,18 +31,46 @@ _insert = Bulk(
     "traceparent",
     "attempts",
     "dead_at",
+    "error_type",
+    "first_at",
+    "fingerprint",
+    "status",
 )
+DEAD = "dead"  # the status of a letter that nobody has settled
+_frame = re.compile(r'^\s*File "([^"]*)", line \d+, in (\S+)', re.MULTILINE)
+_particular = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|0x[0-9a-f]+|\d+|'[^']*'|\"[^\"]*\"", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message, who gave it up, and why: `reason` is a code of `events.errors`, `detail` is for people."""
+    """A message, who gave it up, and why.
+
+    Attributes:
+        item: the message.
+        consumer: the handler that gave it up, or who else did.
+        reason: a code of `events.errors`.
+        detail: for people: the error's text, or its stack.
+        attempts: how often it was tried.
+        error_type: the class of the error, if one was raised.
+        first_at: when it was tried first.
+    """
 
     item: Item
     consumer: str
     reason: str
     detail: str
     attempts: int = 1
+    error_type: str | None = None
+    first_at: datetime | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What letters have in common that died of the same cause: where it was raised, or what was said of it."""
+        frames = _frame.findall(self.detail)
+        cause = "\n".join(f"{file} {function}" for file, function in frames)
+        cause = cause or _particular.sub("?", self.detail)
+        what = "\n".join((self.consumer, self.reason, self.error_type or "", cause))
+        return hashlib.sha256(what.encode(errors="backslashreplace")).hexdigest()[:12]
 
 
 async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, ids: Ids, now: datetime) -> None:
@@ -64,6 +94,10 @@ async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, id
                 envelope and envelope.traceparent,
                 letter.attempts,
                 now,
+                letter.error_type,
+                letter.first_at or now,
+                letter.fingerprint,
+                DEAD,
             )
         )
     await _insert.insert(connection, rows)

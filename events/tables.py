@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     Uuid,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeEngine
@@ -59,6 +60,8 @@ class Timestamp(TypeDecorator[datetime]):
 
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
+_is_dead = text("status = 'dead'")
+
 # Messages that a committed transaction caused and that the bus has not confirmed yet. Rows are deleted once
 # confirmed, so the table is short; `due_at` is the lease of whoever publishes a row, or the next try.
 outbox = Table(
@@ -78,7 +81,7 @@ outbox = Table(
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.01", "autovacuum_vacuum_threshold": "1000"},
 )
 
-# Messages that were given up on, byte for byte.
+# Messages that were given up on, byte for byte. `status` says what has become of them since: dead, replayed, discarded.
 dead_letter = Table(
     "dead_letter",
     metadata,
@@ -95,5 +98,14 @@ dead_letter = Table(
     Column("traceparent", Text),
     Column("attempts", Integer, nullable=False),
     Column("dead_at", Timestamp, nullable=False),
+    Column("error_type", Text),
+    Column("first_at", Timestamp),
+    Column("fingerprint", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("settled_at", Timestamp),
+    Column("settled_by", Text),
+    Column("settled_why", Text),
+    Column("edited_body", LargeBinary),
     Index(None, "dead_at"),
+    Index("ix_dead_letter_open", "consumer", "id", postgresql_where=_is_dead, sqlite_where=_is_dead),
 )

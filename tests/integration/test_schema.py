@@ -20,7 +20,18 @@ from events.errors import ConfigurationError
 
 TASKS = 6
 
-ours = {"alembic_version", "dead_letter", "inbox", "outbox", "saga_history", "saga_instance"}
+ours = {
+    "alembic_version",
+    "dead_letter",
+    "handler_change",
+    "handler_process",
+    "handler_setting",
+    "inbox",
+    "outbox",
+    "retry",
+    "saga_history",
+    "saga_instance",
+}
 shop = MetaData()
 products = Table("product", shop, Column("id", Integer, primary_key=True), Column("name", Text, nullable=False))
 
