@@ -137,22 +137,26 @@ class Bulk:
         self._names = columns
         self._columns = tuple(table.c[name] for name in columns)
 
-    async def insert(self, connection: AsyncConnection, rows: Sequence[Row]) -> None:
-        """Insert `rows`; a conflict is an error. May stand in a block of `together`."""
+    async def insert(self, connection: AsyncConnection, rows: Sequence[Row], *, unless: Sequence[str] = ()) -> None:
+        """Insert `rows`. May stand in a block of `together`.
+
+        A conflict is an error; with `unless`, the columns of a unique key, the row that is there stays as it is.
+        """
         if not rows:
             return
         dialect = connection.dialect
         names = ", ".join(self._names)
+        tail = f" ON CONFLICT ({', '.join(unless)}) DO NOTHING" if unless else ""
         if dialect.name == "postgresql":
             await _write_or_defer(
                 connection,
                 _Part(
-                    lambda first: f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect, first)}",
+                    lambda first: f"INSERT INTO {self._table.name} ({names}) {self._unnest(dialect, first)}{tail}",
                     _bound_columns(self._columns, rows, dialect),
                 ),
             )
             return
-        sql = f"INSERT INTO {self._table.name} ({names}) VALUES ({', '.join('?' * len(self._names))})"  # noqa: S608
+        sql = f"INSERT INTO {self._table.name} ({names}) VALUES ({', '.join('?' * len(self._names))}){tail}"  # noqa: S608
         await execute_many(connection, sql, _bound(self._columns, rows, dialect))
 
     async def insert_new(self, connection: AsyncConnection, rows: Sequence[Row], *, key: Sequence[str]) -> list[Any]:
@@ -295,12 +299,17 @@ class Lookup:
 
 
 async def delete_by_id(connection: AsyncConnection, table: Table, ids: Sequence[Any]) -> None:
-    """Delete the rows of `table` whose `id` is among `ids`."""
+    """Delete the rows of `table` whose `id` is among `ids`. May stand in a block of `together`."""
+    if not ids:
+        return
     dialect = connection.dialect
     bound = [row[0] for row in _bound((table.c.id,), [(value,) for value in ids], dialect)]
     if dialect.name == "postgresql":
-        sql = f"DELETE FROM {table.name} WHERE id = ANY($1::{_type_name(table.c.id, dialect)}[])"  # noqa: S608
-        await connection.exec_driver_sql(sql, (bound,))
+        kind = _type_name(table.c.id, dialect)
+        await _write_or_defer(
+            connection,
+            _Part(lambda first: f"DELETE FROM {table.name} WHERE id = ANY(${first}::{kind}[])", (bound,)),  # noqa: S608
+        )
     else:
         sql = f"DELETE FROM {table.name} WHERE id = ?"  # noqa: S608
         await execute_many(connection, sql, [(value,) for value in bound])

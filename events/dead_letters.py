@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -87,7 +87,7 @@ async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, id
                 storable(letter.detail)[:_MAX_DETAIL],
                 part.raw,
                 delivery.content_type and storable(delivery.content_type),
-                {storable(name): _plain(value) for name, value in delivery.headers.items()},
+                plain_headers(delivery.headers),
                 envelope and envelope.id,
                 envelope and envelope.type,
                 envelope.saga.saga_id if envelope and envelope.saga else None,
@@ -106,6 +106,11 @@ async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, id
 def storable(text: str) -> str:
     """Return `text` without what PostgreSQL or UTF-8 cannot hold: NUL and lone surrogates are written as escapes."""
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
+def plain_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return AMQP headers as something that JSON and PostgreSQL can hold."""
+    return {storable(name): _plain(value) for name, value in headers.items()}
 
 
 def _plain(value: Any) -> Any:
