@@ -96,6 +96,17 @@ class Bus(Protocol):
     async def publish(self, messages: Sequence[Outgoing]) -> Sequence[PublishError | None]:
         """Publish durably. Returns, in order, None for each confirmed message and the error of each other one."""
 
+    async def until_writable(self) -> None:
+        """Return at once if the bus takes messages now, else when it does.
+
+        Raises:
+            BusClosedError: the bus is not open.
+        """
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps messages from being published or received, as a sentence for people; None when all is well."""
+
     async def consume(self, queue: str, deliver: Deliver, *, prefetch: int) -> Consumer:
         """Call `deliver` for each message of `queue`, with at most `prefetch` unacknowledged at a time.
 

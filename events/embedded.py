@@ -169,6 +169,15 @@ class EmbeddedBus:
         after_commit()
         return results
 
+    async def until_writable(self) -> None:
+        """See `Bus.until_writable`. An open file always takes messages."""
+        self._require_open()
+
+    @property
+    def problem(self) -> str | None:
+        """See `Bus.problem`."""
+        return None if self._is_open else "the bus is not open"
+
     async def consume(self, queue: str, deliver: Deliver, *, prefetch: int) -> Consumer:
         """See `Bus.consume`. After 20 failures of `deliver` a message goes to `DEAD_LETTERS`."""
         self._require_open()

@@ -8,7 +8,7 @@ not restored are found by a watchdog.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Restart = Callable[[], Awaitable[None]]
 _HEARTBEAT = "10"
+_LOOK_EVERY = 0.2  # seconds; only short looks at flags of this process
 _PORTS = {"amqp": 5672, "amqps": 5671}
 
 
@@ -55,7 +56,8 @@ class RabbitMQOptions:
         publish_timeout: seconds that a publish waits for its confirm. Keep it below the lease of the relay.
         in_flight: publishes of one call that wait for their confirms at a time.
         delivery_limit: how often a message may come back before RabbitMQ moves it to the dead letters.
-        watch_every: seconds between looks for consumers that were not restored.
+        watch_every: seconds between looks for channels and consumers that were not restored.
+        reconcile_every: seconds between looks for what RabbitMQ itself has lost: queues, bindings, consumers.
     """
 
     client_name: str = "saga-coordinator"
@@ -64,6 +66,7 @@ class RabbitMQOptions:
     in_flight: int = 64
     delivery_limit: int = 20
     watch_every: float = 5.0
+    reconcile_every: float = 30.0
 
 
 class RabbitMQBus:
@@ -128,6 +131,7 @@ class RabbitMQBus:
                 ) from error
             raise
         self._supervisor.start("rabbitmq.watch", self._watch)
+        self._supervisor.start("rabbitmq.report", self._report_blocking)
 
     async def close(self) -> None:
         """See `Bus.close`."""
@@ -174,7 +178,10 @@ class RabbitMQBus:
 
         async def publish_waiting() -> None:
             for index in waiting:
-                results[index] = _no_answer() if self._stalled else await self._publish(messages[index], traced=traced)
+                if self._stalled:
+                    results[index] = self._no_answer()
+                else:
+                    results[index] = await self._publish(messages[index], traced=traced)
 
         workers = min(len(messages), self._options.in_flight)
         if workers == 1:
@@ -207,17 +214,41 @@ class RabbitMQBus:
         self._consumers.append(consumer)
         return consumer
 
+    async def until_writable(self) -> None:
+        """See `Bus.until_writable`. A broker that has not confirmed the last message is asked again with the next."""
+        # By looking: a channel that the library has given up on is replaced without any event that tells.
+        _opened(self._publishing)
+        while self._obstacle is not None:
+            await self._clock.sleep(_LOOK_EVERY)
+            _opened(self._publishing)
+
     @property
-    def is_connected(self) -> bool:
-        """Whether messages can be published and consumed at the moment."""
-        connected = _is_up(self._publishing) and _is_up(self._consuming)
-        return connected and not _is_closed(self._publisher) and not self._stalled
+    def problem(self) -> str | None:
+        """See `Bus.problem`."""
+        if self._publishing is None:
+            return "the bus is not open"
+        if self._obstacle is not None:
+            return self._obstacle
+        if not _is_up(self._consuming):
+            return f"the connection to RabbitMQ at {self._place} is lost"
+        return "RabbitMQ does not confirm what is published" if self._stalled else None
 
     # Connecting
 
     @property
     def _place(self) -> str:
         return f"{self._url.host}:{self._url.port}"
+
+    @property
+    def _obstacle(self) -> str | None:
+        """What makes a publish pointless now."""
+        if not _is_up(self._publishing):
+            return f"the connection to RabbitMQ at {self._place} is lost"
+        if _is_blocked(self._publishing):
+            return "RabbitMQ has blocked publishing: it is low on memory or disk space"
+        if _is_closed(self._publisher):
+            return "the channel to publish on is closed"
+        return None
 
     async def _connect(self, purpose: str) -> RobustConnection:
         name = f"{self._options.client_name} {purpose}"
@@ -300,7 +331,7 @@ class RabbitMQBus:
             return PublishError("RabbitMQ did not take the message: a queue is full or not available")
         except TimeoutError:
             self._stalled = True
-            return _no_answer()
+            return self._no_answer()
         except Exception as error:  # noqa: BLE001  # one message must not spoil the others of its call
             return PublishError(f"the message was not confirmed: {type(error).__name__}: {error}")
         self._stalled = False
@@ -324,20 +355,40 @@ class RabbitMQBus:
             timeout=self._options.publish_timeout,
         )
 
+    def _no_answer(self) -> PublishError:
+        reason = f": {self._obstacle}" if self._obstacle else ""
+        return PublishError(f"RabbitMQ did not confirm the message in time{reason}")
+
     # Watching
+
+    async def _report_blocking(self) -> None:
+        """Log once when RabbitMQ blocks publishing, and once when that is over."""
+        while True:
+            await self._clock.sleep(_LOOK_EVERY)
+            if not _is_blocked(self._publishing):
+                continue
+            _log.warning("%s; messages wait until it takes them again", self._obstacle, extra={"action": "bus.blocked"})
+            while _is_blocked(self._publishing):
+                await self._clock.sleep(_LOOK_EVERY)
+            _log.warning("RabbitMQ no longer blocks publishing", extra={"action": "bus.unblocked"})
 
     async def _watch(self) -> None:
         """Start again what is broken at two looks in a row: aio-pika has had its time then."""
-        suspects: dict[_Restart, str] = {}
+        suspects: Mapping[_Restart, str] = {}
+        unserved: Mapping[_Restart, str] = {}
+        reconciled = self._clock.monotonic()
         while True:
             await self._clock.sleep(self._options.watch_every)
-            broken = await self._broken() if _is_up(self._publishing) and _is_up(self._consuming) else {}
-            for restart, name in broken.items():
-                if restart in suspects:
-                    await self._restart(restart, name)
-            suspects = broken
+            if not (_is_up(self._publishing) and _is_up(self._consuming)):
+                suspects = unserved = {}
+                continue
+            suspects = await self._restart_known(await self._broken(), suspects)
+            if self._clock.monotonic() - reconciled >= self._options.reconcile_every:
+                unserved = await self._restart_known(await self._reconcile(), unserved)
+                reconciled = self._clock.monotonic()
 
-    async def _broken(self) -> dict[_Restart, str]:
+    async def _broken(self) -> Mapping[_Restart, str]:
+        """Look at this side: channels that are closed, consumers that no channel knows."""
         broken: dict[_Restart, str] = {}
         if _is_closed(self._publisher):
             broken[self._open_publisher] = "the publisher"
@@ -348,8 +399,48 @@ class RabbitMQBus:
                 broken[consumer.start] = f"the consumer of {consumer.queue.name}"
         return broken
 
+    async def _reconcile(self) -> Mapping[_Restart, str]:
+        """Look at the other side: make what was declared exist, and return the consumers that RabbitMQ lacks.
+
+        Consumers of other processes count as well; where there are any, the queue is served.
+        """
+        unserved: dict[_Restart, str] = {}
+        for queue in tuple(self._queues.values()):
+            try:
+                with library_errors(f"look at queue {queue.name}"):
+                    async with asyncio.timeout(self._options.connect_timeout):
+                        consumers = await self._declare_again(queue)
+            except CoordinatorError as error:
+                _log.error("%s", error, extra={"action": "bus.reconcile_failed", "queue": queue.name})
+                continue
+            if consumers == 0:
+                unserved |= {
+                    consumer.start: f"the consumer of {queue.name}"
+                    for consumer in self._consumers
+                    if consumer.queue.name == queue.name and not consumer.is_cancelled
+                }
+        return unserved
+
+    async def _declare_again(self, queue: Queue) -> int:
+        """Declare `queue` and return how many consumers it has."""
+        channel = await self._open_channel()  # of its own: a refusal costs it
+        try:
+            declared = await self._topology.declare_queue(channel, queue)
+        finally:
+            await close_quietly(channel.close(), within=self._options.connect_timeout)
+        return declared.declaration_result.consumer_count or 0
+
+    async def _restart_known(
+        self, broken: Mapping[_Restart, str], before: Mapping[_Restart, str]
+    ) -> Mapping[_Restart, str]:
+        """Start again what is `broken` and was so `before`; return the former."""
+        for restart, name in broken.items():
+            if restart in before:
+                await self._restart(restart, name)
+        return broken
+
     async def _restart(self, restart: _Restart, name: str) -> None:
-        _log.warning("%s lost its channel and is started again", name, extra={"action": "bus.restarted", "part": name})
+        _log.warning("%s was lost and is started again", name, extra={"action": "bus.restarted", "part": name})
         try:
             with library_errors(f"start {name} again"):
                 async with asyncio.timeout(self._options.connect_timeout):
@@ -381,9 +472,22 @@ def _is_up(connection: RobustConnection | None) -> bool:
     return connection is not None and not connection.is_closed and connection.connected.is_set()
 
 
+def _is_blocked(connection: RobustConnection | None) -> bool:
+    """Whether RabbitMQ has said on this connection that it reads no more publishes.
+
+    aiormq keeps that to itself, but its public `ready()` waits for the end of it. So one step of `ready()` tells.
+    """
+    if connection is None or connection.transport is None or not _is_up(connection):
+        return False
+    step = connection.transport.connection.ready()
+    try:
+        step.send(None)
+    except StopIteration:
+        return False
+    finally:
+        step.close()
+    return True
+
+
 def _is_closed(channel: AbstractChannel | None) -> bool:
     return channel is None or channel.is_closed
-
-
-def _no_answer() -> PublishError:
-    return PublishError("RabbitMQ did not confirm the message in time")

@@ -117,13 +117,21 @@ class RabbitMQConsumer:
         if self._cancelled:  # while it was starting
             await self._close_channel()
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is to take no more deliveries."""
+        return self._cancelled
+
     async def is_deaf(self) -> bool:
-        """Whether there is a connection, but nothing is consumed on it."""
+        """Whether there is a connection, but nothing is consumed on it as far as this side knows."""
         if self._cancelled:
             return False
         if self._channel is None or self._channel.is_closed:
             return True
-        wire: Any = await self._channel.get_underlay_channel()
+        try:
+            wire: Any = await self._channel.get_underlay_channel()
+        except ChannelInvalidStateError:  # closed since
+            return True
         return self._tag not in wire.consumers
 
     async def cancel(self) -> None:

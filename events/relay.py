@@ -162,7 +162,7 @@ class Relay:
         self._limits = limits
         self._options = options or RelayOptions()
         self._store_clock = StoreClock(engine, clock)
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[tuple[datetime, list[Entry]]] = deque()  # with the end of their lease
         self._confirmed: deque[UUID] = deque()
         self._to_publish = asyncio.Event()
         self._to_delete = asyncio.Event()
@@ -218,19 +218,30 @@ class Relay:
             )
             for message in messages
         ]
-        await insert_entries(connection, entries, due_at=self._store_clock.now() + self._lease)
-        return lambda: self._hand_over(entries)
+        leased_until = self._store_clock.now() + self._lease
+        await insert_entries(connection, entries, due_at=leased_until)
+        return lambda: self._hand_over(leased_until, entries)
 
-    def _hand_over(self, entries: list[Entry]) -> None:
-        self._waiting.extend(entries)
+    def _hand_over(self, leased_until: datetime, entries: list[Entry]) -> None:
+        self._leave_unleased()  # or they would fill the memory while the bus takes nothing
+        self._waiting.append((leased_until, entries))
         self._to_publish.set()
+
+    def _leave_unleased(self) -> None:
+        """Leave rows to the sweepers whose lease has ended: published from memory as well, they would go out twice."""
+        now = self._store_clock.now()
+        while self._waiting and self._waiting[0][0] <= now:
+            self._waiting.popleft()
+            self._to_sweep.set()
 
     # Publishing
 
     async def _publish_loop(self) -> None:
         while True:
             await _cleared(self._to_publish)
-            entries = list(self._waiting)
+            await self._bus.until_writable()
+            self._leave_unleased()
+            entries = [entry for _, batch in self._waiting for entry in batch]
             self._waiting.clear()
             if entries:
                 await self._publish(entries)
@@ -304,11 +315,17 @@ class Relay:
             await self.sweep()
 
     async def sweep(self) -> int:
-        """Publish rows whose lease has run out until there are none; return how many there were."""
+        """Publish rows whose lease has run out until there are none; return how many there were.
+
+        While the bus takes no messages this waits, and claims nothing.
+        """
         total = 0
         try:
             await self._store_clock.calibrate_if_old()
-            while entries := await self._claim():
+            while True:
+                await self._bus.until_writable()  # a row that cannot be published is claimed in vain
+                if not (entries := await self._claim()):
+                    break
                 total += len(entries)
                 if await self._publish(entries) == 0:
                     break  # the bus is away: do not run through the whole table in vain

@@ -91,12 +91,24 @@ class RabbitMQ(Server):
         """The management API without credentials, or None where the server has none that answers."""
 
     @abstractmethod
+    def control(self, *arguments: str) -> None:
+        """Runs rabbitmqctl; raises if that fails."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Stops the broker in its tracks: its connections stay, and nobody answers on them."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Lets a paused broker go on."""
+
     def flush(self) -> None:
         """Writes the broker's tables to disk, to be called between declaring a quorum queue and kill9().
 
         RabbitMQ writes the directory of its Raft groups up to a second late: a quorum queue younger than that comes
         back empty and without a leader, although its publishes were confirmed. That is the broker's, not ours to test.
         """
+        self.control("eval", "[dets:sync(T) || T <- dets:all()].")
 
     @contextmanager
     def vhost(self) -> Iterator[str]:

@@ -172,10 +172,16 @@ class ContainerRabbitMQ(_Container, RabbitMQ):
     def management_url(self) -> str:
         return f"http://{self._addresses[15672]}"
 
-    def flush(self) -> None:
-        result = self._container.exec(["rabbitmqctl", "eval", "[dets:sync(T) || T <- dets:all()]."])
+    def control(self, *arguments: str) -> None:
+        result = self._container.exec(["rabbitmqctl", *arguments])
         if result.exit_code != 0:
             raise RuntimeError(result.output.decode(errors="replace"))
+
+    def pause(self) -> None:
+        self._container.get_wrapped_container().pause()
+
+    def resume(self) -> None:
+        self._container.get_wrapped_container().unpause()
 
     def _ready(self) -> bool:
         return self.answers() and self.management_answers()

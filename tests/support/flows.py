@@ -165,6 +165,9 @@ class FakeBus:
         self.attempts: list[Outgoing] = []
         self.published: list[Outgoing] = []
         self.deliveries: list[FakeDelivery] = []
+        self.problem: str | None = None
+        self.writable = asyncio.Event()
+        self.writable.set()
         self.answer: Callable[[Outgoing], PublishError | None] = lambda _: None
         self._queues: dict[str, Queue] = {}
         self._waiting: dict[str, deque[FakeDelivery]] = {}
@@ -204,6 +207,9 @@ class FakeBus:
                         self.put(queue.name, FakeDelivery(message.body))
         self._changed.set()
         return results
+
+    async def until_writable(self) -> None:
+        await self.writable.wait()
 
     async def consume(self, queue: str, deliver: Deliver, *, prefetch: int) -> FakeConsumer:  # noqa: ARG002  # no limit
         self._consumers[queue] = deliver

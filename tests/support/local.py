@@ -146,8 +146,7 @@ class LocalRabbitMQ(RabbitMQ):
 
     def stop(self) -> None:
         if self._server is not None and self._server.running:
-            # To Erlang itself: the program started here is a shell around it.
-            self._server.signal(signal.SIGTERM, pid=int((self._folder / "pid").read_text()))
+            self._server.signal(signal.SIGTERM, pid=self._erlang_pid)
 
     def kill9(self) -> None:
         if self._server is not None:
@@ -159,14 +158,25 @@ class LocalRabbitMQ(RabbitMQ):
             self._epmd.kill9()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def flush(self) -> None:
+    def control(self, *arguments: str) -> None:
         subprocess.run(
-            [str(self._program.with_name("rabbitmqctl")), "eval", "[dets:sync(T) || T <- dets:all()]."],
+            [str(self._program.with_name("rabbitmqctl")), *arguments],
             check=True,
             capture_output=True,
             env=self._environment,
             cwd=self._folder,
         )
+
+    def pause(self) -> None:
+        os.kill(self._erlang_pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self._erlang_pid, signal.SIGCONT)
+
+    @property
+    def _erlang_pid(self) -> int:
+        """The server itself: the program started here is a shell around it."""
+        return int((self._folder / "pid").read_text())
 
     def _start_epmd(self) -> None:
         if self._epmd is not None and self._epmd.running:

@@ -87,8 +87,14 @@ class GivenRabbitMQ(_Given, RabbitMQ):
         self._management_url = None
         self.source += " (no management API: all tests share its virtual host)"
 
-    def flush(self) -> None:
-        raise RuntimeError(f"the server at {self.source} cannot be flushed from here")
+    def control(self, *arguments: str) -> None:
+        raise RuntimeError(f"the server at {self.source} cannot be controlled from here: {' '.join(arguments)}")
+
+    def pause(self) -> None:
+        raise RuntimeError(f"the server at {self.source} is not ours to pause")
+
+    def resume(self) -> None:
+        raise RuntimeError(f"the server at {self.source} is not ours to resume")
 
     def _reachable(self) -> bool:
         with suppress(OSError):

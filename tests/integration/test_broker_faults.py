@@ -1,0 +1,557 @@
+"""Faults of the broker, put in for real: whatever it does, what it has confirmed arrives, and we go on by ourselves."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from pamqp.commands import Basic
+from sqlalchemy.ext.asyncio import AsyncEngine
+from yarl import URL
+
+from events.bus import Address, Exchange, Outgoing, Queue
+from events.clock import SystemClock
+from events.codec import Limits
+from events.database import transaction
+from events.envelope import Envelope
+from events.errors import PublishError, UnroutableError
+from events.ids import TimeOrderedIds, system_random
+from events.outbox import Outbound
+from events.rabbitmq import RabbitMQBus
+from events.relay import Entry, Relay, RelayOptions, insert_entries
+from events.tables import outbox
+from tests.support.flows import START, Mailbox, count_rows, envelopes, open_store
+from tests.support.proxy import Proxy, Way
+from tests.support.rabbitmq import (
+    CHARGE,
+    PAYMENTS,
+    Received,
+    opened,
+    publish_until_confirmed,
+    under_load,
+    until,
+    wire,
+)
+from tests.support.servers import RabbitMQ
+
+pytestmark = pytest.mark.rabbitmq
+
+SHORT_HEARTBEAT = "?heartbeat=1"
+QUICK = RelayOptions(lease=5, sweep_every=0.1, backoff_first=0.1, backoff_most=0.3, share=1)
+MAIL = Address(Exchange.COMMANDS, "send.mail")
+
+
+@pytest.fixture
+async def engine(sqlite_url: str) -> AsyncIterator[AsyncEngine]:
+    async with open_store(sqlite_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def relaying(engine: AsyncEngine, bus: RabbitMQBus) -> AsyncIterator[Relay]:
+    relay = Relay(
+        engine,
+        bus,
+        clock=SystemClock(),
+        ids=TimeOrderedIds(),
+        random=system_random(),
+        limits=Limits(),
+        options=QUICK,
+    )
+    await relay.start()
+    try:
+        yield relay
+    finally:
+        await relay.stop()
+
+
+class Load:
+    """Commits numbered commands to the outbox."""
+
+    def __init__(self, engine: AsyncEngine, relay: Relay) -> None:
+        self._engine = engine
+        self._relay = relay
+        self.ids: list[str] = []
+
+    async def commit(self, count: int = 5) -> list[str]:
+        ids = [str(len(self.ids) + n) for n in range(count)]
+        messages = [
+            Outbound(Envelope(id=each, source="/test", type=CHARGE.key, version=1, data=b"{}"), CHARGE, 1)
+            for each in ids
+        ]
+        async with transaction(self._engine) as connection:
+            after_commit = await self._relay.write(connection, messages)
+        after_commit()
+        self.ids += ids
+        return ids
+
+    async def everything_arrives(self, mailbox: Mailbox) -> list[str]:
+        """Return the ids of all that arrived, in order."""
+        arrived: list[str] = []
+        while not set(self.ids) <= set(arrived):
+            arrived.append((await mailbox.next()).id)
+        return arrived
+
+    async def is_published(self) -> None:
+        """Return when the outbox is empty."""
+        async with asyncio.timeout(30):
+            while await count_rows(self._engine, outbox):  # noqa: ASYNC110  # a database tells nobody
+                await asyncio.sleep(0.02)
+
+
+def actions(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [getattr(record, "action", "") for record in caplog.records]
+
+
+async def control(broker: RabbitMQ, *arguments: str) -> None:
+    await asyncio.to_thread(broker.control, *arguments)
+
+
+# The broker goes down and comes back (F16)
+
+
+async def test_f16_no_confirmed_message_is_lost_however_often_the_broker_is_killed_or_restarted(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    async with opened(private_amqp_url) as bus, under_load(bus) as ledger:
+        await asyncio.to_thread(private_rabbitmq.flush)
+        for end in (private_rabbitmq.kill9, private_rabbitmq.stop, private_rabbitmq.kill9):
+            await ledger.confirms(200)
+            await asyncio.to_thread(end)
+            [error] = await bus.publish([Outgoing(CHARGE, b"[-1]")])
+            assert isinstance(error, PublishError)
+            await until(lambda: "is lost" in (bus.problem or ""))
+            await asyncio.to_thread(private_rabbitmq.start)
+            await bus.until_writable()
+            await ledger.confirms(200)
+        await until(lambda: bus.problem is None)
+        assert not any(isinstance(error, UnroutableError) for error in ledger.errors)
+
+
+# A broker that stands still (F17)
+
+
+async def test_f17_a_broker_that_is_stopped_for_longer_than_the_heartbeat_costs_nothing(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    async with opened(private_amqp_url + SHORT_HEARTBEAT, publish_timeout=2) as bus, under_load(bus) as ledger:
+        private_rabbitmq.pause()
+        try:
+            await until(lambda: "does not confirm" in (bus.problem or ""))
+            await until(lambda: "is lost" in (bus.problem or ""))
+        finally:
+            private_rabbitmq.resume()
+        await ledger.confirms(200)
+        assert bus.problem is None
+
+
+async def test_f17_a_broker_that_is_stopped_for_less_than_the_heartbeat_costs_nothing(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    async with opened(private_amqp_url, publish_timeout=0.5) as bus, under_load(bus) as ledger:
+        private_rabbitmq.pause()
+        try:
+            await until(lambda: "does not confirm" in (bus.problem or ""))
+        finally:
+            private_rabbitmq.resume()
+        await ledger.confirms(200)
+        assert bus.problem is None
+
+
+# Half-open connections (F18)
+
+
+@pytest.mark.parametrize("way", Way)
+async def test_f18_a_connection_that_is_open_in_one_direction_only_is_replaced(amqp_url: str, way: Way) -> None:
+    proxy = Proxy(URL(amqp_url))
+    async with (
+        proxy.running() as url,
+        opened(url + SHORT_HEARTBEAT, publish_timeout=1) as bus,
+        under_load(bus) as ledger,
+    ):
+        proxy.swallow(way)
+        await until(lambda: bus.problem is not None)
+        await ledger.confirms(200)
+        assert bus.problem is None
+
+
+# An alarm blocks publishing (F20)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def alarm(request: pytest.FixtureRequest) -> tuple[list[str], list[str]]:
+    """What raises an alarm, and what ends it."""
+    if request.param == "memory":
+        return ["set_vm_memory_high_watermark", "0"], ["set_vm_memory_high_watermark", "absolute", "512MB"]
+    return ["set_disk_free_limit", "1000000GB"], ["set_disk_free_limit", "50MB"]
+
+
+async def test_f20_while_an_alarm_blocks_publishing_the_relay_claims_nothing_and_then_goes_on(
+    private_rabbitmq: RabbitMQ,
+    private_amqp_url: str,
+    engine: AsyncEngine,
+    alarm: tuple[list[str], list[str]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with opened(private_amqp_url, publish_timeout=1) as bus, relaying(engine, bus) as relay:
+        await bus.declare([PAYMENTS])
+        mailbox = Mailbox()
+        await bus.consume(PAYMENTS.name, mailbox, prefetch=50)
+        load = Load(engine, relay)
+        await load.commit()
+        await load.is_published()
+        begin, end = alarm
+        await control(private_rabbitmq, *begin)
+        try:
+            await load.commit(1)  # RabbitMQ tells only those who publish
+            await until(lambda: "blocked publishing" in (bus.problem or ""))
+            waiting = await load.commit()
+            left_behind = await leave_behind(engine)
+            load.ids += left_behind
+            for _ in range(2):  # the time that this takes is that of many sweeps
+                [error] = await bus.publish([Outgoing(CHARGE, b"[]")])
+                assert "blocked publishing" in str(error)
+            async with transaction(engine) as connection:
+                rows = (await connection.execute(outbox.select())).all()
+            assert [row.attempts for row in rows if b'"/behind"' in row.body] == [0] * len(left_behind)
+            assert {row.due_at < SystemClock().now() for row in rows if b'"/behind"' in row.body} == {True}
+        finally:
+            await control(private_rabbitmq, *end)
+        arrived = await load.everything_arrives(mailbox)
+        assert all(arrived.count(each) == 1 for each in waiting + left_behind)
+        await load.is_published()
+        assert bus.problem is None
+    assert actions(caplog).count("bus.blocked") == 1
+    assert actions(caplog).count("bus.unblocked") == 1
+
+
+async def leave_behind(engine: AsyncEngine) -> list[str]:
+    """Put rows into the outbox that are due: a process has died with its lease."""
+    ids = [f"behind {n}" for n in range(5)]
+    entries = [
+        Entry(
+            uuid4(),
+            CHARGE,
+            1,
+            Envelope(id=each, source="/behind", type=CHARGE.key, version=1, data=b"{}").encode(),
+            None,
+            None,
+        )
+        for each in ids
+    ]
+    async with transaction(engine) as connection:
+        await insert_entries(connection, entries, due_at=START)
+    return ids
+
+
+async def test_f20_a_blocked_bus_can_be_closed(private_rabbitmq: RabbitMQ, private_amqp_url: str) -> None:
+    async with opened(private_amqp_url, publish_timeout=0.5, connect_timeout=2) as bus:
+        await bus.declare([PAYMENTS])
+        await control(private_rabbitmq, "set_vm_memory_high_watermark", "0")
+        try:
+            await bus.publish([Outgoing(CHARGE, b"[1]")])
+            await until(lambda: "blocked publishing" in (bus.problem or ""))
+            async with asyncio.timeout(10):
+                await bus.close()
+        finally:
+            await control(private_rabbitmq, "set_vm_memory_high_watermark", "absolute", "512MB")
+
+
+# A binding is missing (F21)
+
+
+async def test_f21_what_no_queue_takes_waits_until_the_binding_is_back(amqp_url: str, engine: AsyncEngine) -> None:
+    async with opened(amqp_url) as bus, relaying(engine, bus) as relay, wire(amqp_url) as channel:
+        await bus.declare([PAYMENTS])
+        mailbox = Mailbox()
+        await bus.consume(PAYMENTS.name, mailbox, prefetch=50)
+        load = Load(engine, relay)
+        await load.commit()
+        queue = await channel.get_queue("saga.payments")
+        await queue.unbind("saga.commands", CHARGE.key)
+        missing = await load.commit()
+
+        async def refused() -> int:
+            async with transaction(engine) as connection:
+                rows = (await connection.execute(outbox.select())).all()
+            return sum((row.error or "").startswith("unroutable") for row in rows)
+
+        async with asyncio.timeout(30):
+            while await refused() < len(missing):  # noqa: ASYNC110  # a database tells nobody
+                await asyncio.sleep(0.02)
+        await load.commit()
+        await queue.bind("saga.commands", CHARGE.key)
+        await load.everything_arrives(mailbox)
+        await load.is_published()
+
+
+async def test_f21_a_deleted_binding_is_made_again(amqp_url: str) -> None:
+    async with (
+        opened(amqp_url, watch_every=0.05, reconcile_every=0.05) as bus,
+        under_load(bus) as ledger,
+        wire(amqp_url) as channel,
+    ):
+        queue = await channel.get_queue("saga.payments")
+        for _ in range(3):
+            await queue.unbind("saga.commands", CHARGE.key)
+            await ledger.confirms(100)
+
+
+# Queues deleted or emptied by an operator (F22)
+
+
+async def test_f22_a_consumer_resumes_when_its_queue_was_deleted(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        await bus.consume("payments", received, prefetch=5)
+        async with wire(amqp_url) as channel:
+            await channel.queue_delete("saga.payments")
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        await (await received.next()).ack()
+
+
+async def test_f22_a_deleted_queue_that_nobody_consumes_here_is_made_again(amqp_url: str) -> None:
+    async with opened(amqp_url, watch_every=0.05, reconcile_every=0.05) as bus:
+        await bus.declare([Queue("mail", (MAIL,))])
+        async with wire(amqp_url) as channel:
+            await channel.queue_delete("saga.mail")
+        await publish_until_confirmed(bus, Outgoing(MAIL, b"[1]"))
+
+
+async def test_f22_an_emptied_queue_is_consumed_further(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        await bus.publish([Outgoing(CHARGE, b"[1]")] * 50)
+        received = Received()
+        await bus.consume(PAYMENTS.name, received, prefetch=10)
+        held = [await received.next() for _ in range(10)]
+        async with wire(amqp_url) as channel:
+            await (await channel.get_queue("saga.payments")).purge()
+        for delivery in held:
+            await delivery.ack()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[2]"))
+        while (delivery := await received.next()).body != b"[2]":
+            await delivery.ack()
+
+
+# A consumer that RabbitMQ has dropped (F23)
+
+
+async def test_f23_a_consumer_that_the_broker_cancels_is_back_when_the_queue_is(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus, under_load(bus) as ledger, wire(amqp_url) as channel:
+        for _ in range(3):
+            await channel.queue_delete("saga.payments")
+            ledger.confirmed.clear()  # went with the queue
+            await ledger.confirms(100)
+
+
+async def test_f23_a_consumer_that_the_broker_drops_without_a_word_is_started_again(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(amqp_url, watch_every=0.05, reconcile_every=0.1) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        consumer: Any = await bus.consume(PAYMENTS.name, received, prefetch=5)
+        channel = await consumer._channel.get_underlay_channel()
+        await channel.rpc(Basic.Cancel(consumer_tag=consumer._tag, nowait=True))  # RabbitMQ forgets it, we do not
+        assert not await consumer.is_deaf()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        await (await received.next()).ack()
+    assert "bus.restarted" in actions(caplog)
+
+
+async def test_f23_a_consumer_that_was_cancelled_on_purpose_is_left_alone(amqp_url: str) -> None:
+    async with opened(amqp_url, watch_every=0.02, reconcile_every=0.02) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        consumer = await bus.consume(PAYMENTS.name, received, prefetch=5)
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        delivery = await received.next()
+        await consumer.cancel()  # its channel stays open for the delivery
+        looks = bus._reconcile
+        assert await looks() == await looks() == {}
+        await delivery.ack()
+
+
+# Channels that RabbitMQ closes (F24)
+
+
+async def test_f24_a_consumer_whose_channel_is_closed_by_a_precondition_gets_everything(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus, under_load(bus) as ledger:
+        [consumer] = bus._consumers
+        for _ in range(3):
+            assert consumer._channel is not None
+            channel = await consumer._channel.get_underlay_channel()
+            await channel.basic_ack(1_000_000)  # 406 PRECONDITION_FAILED: unknown delivery tag
+            await asyncio.wait([channel.closing])
+            await ledger.confirms(100)
+
+
+async def test_f24_a_publisher_whose_channel_is_closed_by_a_precondition_goes_on(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus, under_load(bus) as ledger:
+        for _ in range(3):
+            assert bus._publisher is not None
+            channel = await bus._publisher.get_underlay_channel()
+            await channel.basic_ack(1_000_000)
+            await asyncio.wait([channel.closing])
+            await bus.until_writable()
+            await ledger.confirms(100)
+
+
+TIMES = {"consumer_timeout": 1_800_000, "channel_tick_interval": 60_000}
+TIMES |= {"dead_letter_worker_publisher_confirm_timeout": 180_000}  # milliseconds; RabbitMQ's own
+
+
+@pytest.fixture
+def impatient_rabbitmq(private_rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
+    """A broker that waits for acknowledgements for a second, and for a dead letter's confirm as well."""
+    private_rabbitmq.control("eval", ", ".join(f"application:set_env(rabbit, {name}, 1000)" for name in TIMES) + ".")
+    yield private_rabbitmq
+    restore = ", ".join(f"application:set_env(rabbit, {name}, {time})" for name, time in TIMES.items())
+    private_rabbitmq.control("eval", f"{restore}.")
+
+
+async def test_f24_a_delivery_that_is_held_for_too_long_comes_again(
+    impatient_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    assert impatient_rabbitmq.running
+    async with opened(private_amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        await bus.consume(PAYMENTS.name, received, prefetch=5)
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[1]"))
+        late = await received.next()
+        again = await received.next()
+        assert (again.body, again.redelivered) == (b"[1]", True)
+        await late.ack()  # does nothing
+        await again.ack()
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b"[2]"))
+        while (delivery := await received.next()).body != b"[2]":
+            await delivery.ack()
+
+
+# Limits are reached (F25)
+
+
+async def test_f25_a_full_queue_is_an_error_and_not_unroutable(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        async with wire(amqp_url) as channel:
+            queue = await channel.declare_queue(
+                "full", durable=True, arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
+            )
+            await queue.bind("saga.commands", CHARGE.key)
+            errors = await bus.publish([Outgoing(CHARGE, b"[1]")] * 5)
+        refused = [error for error in errors if error is not None]
+        assert len(refused) == 4
+        assert not any(isinstance(error, UnroutableError) for error in refused)
+
+
+async def test_f25_what_a_full_queue_refuses_arrives_as_it_is_emptied(amqp_url: str, engine: AsyncEngine) -> None:
+    async with opened(amqp_url) as bus, wire(amqp_url) as channel, relaying(engine, bus) as relay:
+        queue = await channel.declare_queue(
+            "full", durable=True, arguments={"x-max-length": 2, "x-overflow": "reject-publish"}
+        )
+        await queue.bind("saga.commands", CHARGE.key)
+        load = Load(engine, relay)
+        await load.commit(10)
+        arrived: set[str] = set()
+        async with asyncio.timeout(60):
+            while len(arrived) < 10:
+                if message := await queue.get(fail=False, no_ack=True):
+                    arrived |= {envelope.id for envelope in envelopes(message.body)}
+        await load.is_published()
+
+
+async def test_f25_what_comes_back_too_often_is_a_dead_letter_and_does_not_hold_others_up(amqp_url: str) -> None:
+    async with opened(amqp_url, delivery_limit=2) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+
+        def refuse_poison(delivery: Any) -> None:
+            if delivery.body == b'["poison"]':
+                raise ValueError("poison")
+            received(delivery)
+
+        await bus.consume(PAYMENTS.name, refuse_poison, prefetch=5)
+        await bus.publish([Outgoing(CHARGE, b'["poison"]'), Outgoing(CHARGE, b"[1]")])
+        await (await received.next()).ack()
+        await dead_letter_arrives(amqp_url, b'["poison"]')
+
+
+async def dead_letter_arrives(url: str, body: bytes) -> None:
+    async with wire(url) as channel, asyncio.timeout(60):
+        queue = await channel.get_queue("saga.dead-letters")
+        async with queue.iterator() as messages:
+            async for message in messages:
+                await message.ack()
+                if message.body == body:
+                    return
+
+
+# Nobody takes the dead letters (F26)
+
+
+async def test_f26_a_dead_letter_without_a_queue_is_kept_until_the_queue_is_made_again(
+    impatient_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    assert impatient_rabbitmq.running
+    async with opened(private_amqp_url, delivery_limit=1, watch_every=0.1) as bus:
+        await bus.declare([PAYMENTS])
+        refused = asyncio.Event()
+
+        def refuse(_: object) -> None:
+            refused.set()
+            raise ValueError("poison")
+
+        async with wire(private_amqp_url) as channel:
+            await channel.queue_delete("saga.dead-letters")
+        await bus.consume(PAYMENTS.name, refuse, prefetch=5)
+        await publish_until_confirmed(bus, Outgoing(CHARGE, b'["poison"]'))
+        async with asyncio.timeout(30):
+            await refused.wait()
+        assert await bus._reconcile() == {}  # what the watchdog does each half a minute
+        await dead_letter_arrives(private_amqp_url, b'["poison"]')
+
+
+# The password changes (F27)
+
+
+async def test_f27_after_a_change_of_the_password_only_the_right_one_brings_the_bus_back(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def set_password(password: str) -> None:
+        private_rabbitmq.manage("PUT", "users/saga", {"password": password, "tags": ""})
+
+    vhost = URL(private_amqp_url).path.removeprefix("/")
+    await asyncio.to_thread(set_password, "secret-word")
+    permissions = {"configure": ".*", "write": ".*", "read": ".*"}
+    await asyncio.to_thread(private_rabbitmq.manage, "PUT", f"permissions/{vhost}/saga", permissions)
+    url = str(URL(private_amqp_url).with_user("saga").with_password("secret-word"))
+    with caplog.at_level(logging.INFO):
+        async with opened(url) as bus, under_load(bus) as ledger:
+            await asyncio.to_thread(set_password, "other-word")
+            await ledger.confirms(50)  # an open connection is not asked again
+            refusals = asyncio.Event()
+
+            class Refusal(logging.Handler):
+                def emit(self, record: logging.LogRecord) -> None:
+                    if "ACCESS_REFUSED" in record.getMessage():
+                        refusals.set()
+
+            library = logging.getLogger("aio_pika")
+            library.addHandler(handler := Refusal())
+            await control(private_rabbitmq, "close_all_user_connections", "saga", "credentials revoked")
+            async with asyncio.timeout(60):
+                await refusals.wait()
+            library.removeHandler(handler)
+            assert "is lost" in (bus.problem or "")
+            [error] = await bus.publish([Outgoing(CHARGE, b"[-1]")])
+            assert isinstance(error, PublishError)
+            await asyncio.to_thread(set_password, "secret-word")
+            await ledger.confirms(100)
+            assert bus.problem is None
+    assert "secret-word" not in caplog.text

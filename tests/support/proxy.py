@@ -1,0 +1,82 @@
+"""A network between a client and a broker that fails as it is told to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import StrEnum
+
+from yarl import URL
+
+
+class Way(StrEnum):
+    """One of the two directions of a connection."""
+
+    TO_BROKER = "to the broker"
+    TO_CLIENT = "to the client"
+
+
+class Proxy:
+    """Stands before a broker and passes bytes on, holds them back, or loses them.
+
+    `hold` is a broker that hangs, or a network that drops packets until it is repaired. `swallow` is a connection
+    that is gone for good in one direction, as behind a firewall that has forgotten it; later connections work.
+    """
+
+    def __init__(self, target: URL) -> None:
+        self._target = target
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._connections: dict[asyncio.Task[None], set[Way]] = {}
+
+    def hold(self) -> None:
+        """Keep all bytes until `release`."""
+        self._flowing.clear()
+
+    def release(self) -> None:
+        """Pass on what was held."""
+        self._flowing.set()
+
+    def swallow(self, way: Way) -> None:
+        """Lose all that goes this way on the connections there are now; nobody is told."""
+        for lost in self._connections.values():
+            lost.add(way)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        """The URL of the broker behind this proxy."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            yield str(self._target.with_host("127.0.0.1").with_port(port))
+        finally:
+            server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lost: set[Way] = set()
+        task = asyncio.create_task(self._serve(reader, writer, lost))
+        self._connections[task] = lost
+        task.add_done_callback(self._connections.pop)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: set[Way]) -> None:
+        from_broker, to_broker = await asyncio.open_connection(self._target.host, self._target.port)
+        await asyncio.gather(
+            self._pass_on(reader, to_broker, Way.TO_BROKER, lost),
+            self._pass_on(from_broker, writer, Way.TO_CLIENT, lost),
+        )
+
+    async def _pass_on(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: Way, lost: set[Way]
+    ) -> None:
+        try:
+            while data := await source.read(65_536):
+                await self._flowing.wait()
+                if way not in lost:
+                    sink.write(data)
+                    await sink.drain()
+        except ConnectionError:
+            pass
+        finally:
+            sink.close()
