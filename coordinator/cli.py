@@ -85,6 +85,7 @@ def run(
             return Node(loaded, settings, coordinator=only != "handlers", handlers=handlers)
 
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(process.exits_when_stalled(settings.max_stall, SystemClock()))
             await process.enter_when_up(stack, node, patience=settings.wait, clock=SystemClock())
             out.print(f"{loaded.name} is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()
@@ -107,6 +108,7 @@ def relay() -> None:
                 yield
 
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(process.exits_when_stalled(settings.max_stall, SystemClock()))
             await process.enter_when_up(stack, opened, patience=settings.wait, clock=SystemClock())
             out.print("the relay is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()

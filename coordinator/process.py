@@ -1,12 +1,13 @@
 """What a process of ours sets up before it works: event loop, logging, tracing, signals."""
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from opentelemetry import trace
@@ -19,6 +20,7 @@ from pythonjsonlogger.json import JsonFormatter
 from events.clock import Clock
 from events.database import is_transient
 from events.errors import BusClosedError, ConfigurationError
+from events.service import cancel_all
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 5.0
+_REARM_EVERY = 5.0
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -117,6 +120,32 @@ async def enter_when_up(
             logger.warning("waits for a server, %.0f s more: %s", left, error, extra={"action": "process.waits"})
         await clock.sleep(min(pause, left))
         pause = min(_LONGEST_PAUSE, pause * 2)
+
+
+@asynccontextmanager
+async def exits_when_stalled(limit: float, clock: Clock) -> AsyncIterator[None]:
+    """End the process with exit code 1 if its event loop stands still for `limit` seconds during the block.
+
+    Code that blocks for ever also blocks heartbeats, leases and the stop on SIGTERM: nothing in the process can help
+    it, and whoever supervises it sees it alive. The stacks of all threads go to standard error first. 0 is never.
+    """
+    if not limit:
+        yield
+        return
+    error_output = sys.stderr.fileno()  # the file object may be replaced meanwhile
+
+    async def rearm() -> None:
+        while True:
+            # It counts in a thread that needs neither the loop nor the interpreter's lock.
+            faulthandler.dump_traceback_later(limit, exit=True, file=error_output)
+            await clock.sleep(min(_REARM_EVERY, limit / 4))
+
+    task = asyncio.create_task(rearm(), name="process.stall")
+    try:
+        yield
+    finally:
+        await cancel_all([task])
+        faulthandler.cancel_dump_traceback_later()
 
 
 async def until_stopped() -> None:

@@ -31,6 +31,11 @@ class Settings(BaseSettings):
     max_headers: int = Field(default=16 * 1024, ge=256, description="largest AMQP headers in bytes")
     wait: float = Field(default=60.0, ge=0, description="seconds to wait at start for servers that are not up yet")
     grace: float = Field(default=20.0, ge=0, description="seconds that running handlers get to end at shutdown")
+    max_stall: float = Field(
+        default=60.0,
+        ge=0,
+        description="seconds that the event loop may stand still before the process exits; 0 for ever",
+    )
     pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
     log_level: str = Field(default="INFO", pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", description="what is logged")
     log_format: str = Field(default="text", pattern=r"^(text|json)$", description="`json` for one object a line")

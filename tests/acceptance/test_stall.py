@@ -1,0 +1,93 @@
+"""A process whose event loop hangs ends, so that whoever supervises it can start it again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.base import wait_until
+from tests.support.processes import Process, run
+
+pytestmark = pytest.mark.acceptance
+
+APP = """
+import threading
+
+from coordinator import App
+from events import Event
+from handlers import handles
+
+
+class OrderPlaced(Event):
+    order: str
+
+
+@handles(OrderPlaced)
+async def wait_for_godot(event: OrderPlaced) -> None:
+    threading.Event().wait()
+
+
+app = App("stuck", handlers=[wait_for_godot])
+"""
+ORDER = {"specversion": "1.0", "id": "1", "source": "/shop", "type": "order.placed", "data": {"order": "1"}}
+
+
+def test_a_handler_that_blocks_for_ever_ends_the_process_and_its_stack_says_where(
+    amqp_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "stuck.py").write_text(APP)
+    (tmp_path / "order.json").write_text(json.dumps(ORDER))
+    environment = {
+        "COORDINATOR_BROKER_URL": amqp_url,
+        "COORDINATOR_DATABASE_URL": f"sqlite:///{tmp_path / 'app.db'}",
+        "COORDINATOR_MAX_STALL": "2",
+        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}",
+    }
+    with Process(tmp_path / "log", "run", "stuck:app", environment=environment) as process:
+        wait_until(lambda: "is running" in process.log, "the application")
+        elsewhere = {**environment, "COORDINATOR_DATABASE_URL": f"sqlite:///{tmp_path / 'publisher.db'}"}
+        run("publish", str(tmp_path / "order.json"), environment=elsewhere)
+        assert process._process is not None
+        assert process._process.wait(60) == 1
+        assert "in wait_for_godot" in process.log
+
+
+def stalling(limit: float, *lines: str) -> subprocess.CompletedProcess[str]:
+    """Run `lines` in the block of a coroutine that is watched."""
+    body = "\n        ".join(lines)
+    script = f"""
+import asyncio, time
+from coordinator.process import exits_when_stalled
+from events.clock import SystemClock
+
+async def main():
+    async with exits_when_stalled({limit}, SystemClock()):
+        {body}
+    time.sleep(1)  # nobody watches any more
+
+asyncio.run(main())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
+
+
+def test_a_loop_that_is_slow_and_not_stuck_goes_on() -> None:
+    done = stalling(0.8, "for _ in range(10):", "    time.sleep(0.1)", "    await asyncio.sleep(0.05)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_limit_nobody_watches() -> None:
+    done = stalling(0, "time.sleep(1)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_loop_that_stands_still_for_the_limit_ends_with_all_stacks() -> None:
+    done = stalling(0.5, "await asyncio.sleep(0)", "time.sleep(3600)")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Timeout (0:00:00.5")
+    assert "in main" in done.stderr
