@@ -340,6 +340,61 @@ async def test_many_sweepers_publish_each_row_once(pg_url: str) -> None:
         assert sorted(ids(bus.published), key=int) == [str(n) for n in range(100)]
 
 
+# A bus that takes nothing
+
+
+async def test_while_the_bus_takes_nothing_no_row_is_claimed(
+    engine: AsyncEngine, bus: FakeBus, relay: Relay, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def note() -> None:
+        asked.set()
+        await bus.writable.wait()
+
+    monkeypatch.setattr(bus, "until_writable", note)
+    await commit_and_die(engine, clock, outbound("1"))
+    [before] = await rows(engine)
+    clock.advance(60)
+    bus.writable.clear()
+    sweeping = asyncio.create_task(relay.sweep())
+    async with asyncio.timeout(PATIENCE):
+        await asked.wait()
+    assert await rows(engine) == [before]
+    assert not bus.attempts
+    bus.writable.set()
+    assert await sweeping == 1
+    assert ids(bus.published) == ["1"]
+
+
+async def test_what_is_committed_while_the_bus_takes_nothing_is_published_once_it_does(
+    engine: AsyncEngine, bus: FakeBus, relay: Relay
+) -> None:
+    bus.writable.clear()
+    for number in range(3):
+        await commit(engine, relay, outbound(str(number)))
+    assert not bus.attempts
+    bus.writable.set()
+    await bus.seen(1)
+    assert ids(bus.attempts) == ["0", "1", "2"]
+    await empty(engine)
+
+
+async def test_what_has_waited_for_longer_than_its_lease_is_left_to_the_sweep(
+    engine: AsyncEngine, bus: FakeBus, relay: Relay, clock: ManualClock
+) -> None:
+    """Another process may have published it by now; and memory must not fill while a broker is away for an hour."""
+    bus.writable.clear()
+    await commit(engine, relay, outbound("old"))
+    clock.advance(16)
+    await commit(engine, relay, outbound("new"))
+    assert [entry.body for _, batch in relay._waiting for entry in batch] == [outbound("new").encode(Limits())]
+    bus.writable.set()
+    await bus.seen(2)
+    assert sorted(ids(bus.attempts)) == ["new", "old"]
+    await empty(engine)
+
+
 # Faults
 
 

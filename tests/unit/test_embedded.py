@@ -136,6 +136,20 @@ async def rolled_back(bus: EmbeddedBus, *messages: Outbound, settling: Sequence[
             raise RollbackError
 
 
+async def test_an_open_bus_takes_messages_and_has_no_problem(sqlite_url: str) -> None:
+    engine = open_database(sqlite_url)
+    bus = EmbeddedBus(engine, clock=SystemClock())
+    assert bus.problem == "the bus is not open"
+    with pytest.raises(BusClosedError):
+        await bus.until_writable()
+    await bus.open()
+    async with asyncio.timeout(5):
+        await bus.until_writable()
+    assert bus.problem is None
+    await bus.close()
+    await engine.dispose()
+
+
 async def test_what_is_committed_is_delivered_once(bus: EmbeddedBus) -> None:
     received = Received()
     await bus.consume("payments", received, prefetch=10)
