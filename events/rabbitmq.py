@@ -280,7 +280,9 @@ class RabbitMQBus:
         if self._publisher is not None:
             await close_quietly(self._publisher.close(), within=self._options.connect_timeout)
         self._publisher = channel = connection.channel(publisher_confirms=True, on_return_raises=True)
+        channel.reopen_callbacks.add(self._forget_stall)
         await channel.initialize(timeout=self._options.connect_timeout)
+        self._forget_stall()
         self._exchanges = await self._topology.declare_exchanges(channel)
 
     async def _open_declarer(self) -> None:
@@ -354,6 +356,10 @@ class RabbitMQBus:
             mandatory=message.address.exchange.mandatory,
             timeout=self._options.publish_timeout,
         )
+
+    def _forget_stall(self, *_: object) -> None:
+        """Begin anew on a new channel: nothing that was published on it is unanswered."""
+        self._stalled = False
 
     def _no_answer(self) -> PublishError:
         reason = f": {self._obstacle}" if self._obstacle else ""

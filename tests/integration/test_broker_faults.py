@@ -499,20 +499,21 @@ async def test_f26_a_dead_letter_without_a_queue_is_kept_until_the_queue_is_made
     impatient_rabbitmq: RabbitMQ, private_amqp_url: str
 ) -> None:
     assert impatient_rabbitmq.running
-    async with opened(private_amqp_url, delivery_limit=1, watch_every=0.1) as bus:
-        await bus.declare([PAYMENTS])
-        refused = asyncio.Event()
+    async with opened(private_amqp_url, delivery_limit=1) as bus:
+        await bus.declare([PAYMENTS, Queue("mail", (MAIL,))])
+        refusals = 0
 
         def refuse(_: object) -> None:
-            refused.set()
+            nonlocal refusals
+            refusals += 1
             raise ValueError("poison")
 
         async with wire(private_amqp_url) as channel:
             await channel.queue_delete("saga.dead-letters")
         await bus.consume(PAYMENTS.name, refuse, prefetch=5)
         await publish_until_confirmed(bus, Outgoing(CHARGE, b'["poison"]'))
-        async with asyncio.timeout(30):
-            await refused.wait()
+        await until(lambda: refusals == 2)  # one more than the limit
+        await publish_until_confirmed(bus, Outgoing(MAIL, b"[1]"))  # RabbitMQ has had the time to find nobody
         assert await bus._reconcile() == {}  # what the watchdog does each half a minute
         await dead_letter_arrives(private_amqp_url, b'["poison"]')
 

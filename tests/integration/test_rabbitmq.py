@@ -24,7 +24,7 @@ from events.ids import TimeOrderedIds
 from events.rabbitmq import RabbitMQBus
 from events.rabbitmq_wire import UNDECODABLE
 from tests.support.proxy import Proxy
-from tests.support.rabbitmq import CHARGE, PAYMENTS, Received, new_bus, opened, publish_until_confirmed, wire
+from tests.support.rabbitmq import CHARGE, PAYMENTS, Received, new_bus, opened, publish_until_confirmed, until, wire
 from tests.support.servers import RabbitMQ
 
 pytestmark = pytest.mark.rabbitmq
@@ -83,6 +83,20 @@ async def test_a_broker_that_does_not_confirm_is_asked_with_one_message_at_a_tim
             queue = await channel.declare_queue("saga.payments", passive=True)
             # At most the 64 that were in flight, one probe for each later attempt, and the last.
             assert (queue.declaration_result.message_count or 0) < 100
+
+
+async def test_a_broker_that_did_not_confirm_is_no_longer_a_problem_on_a_new_connection(proxy: Proxy) -> None:
+    """A process that has nothing to publish for a while would call itself ill meanwhile."""
+    async with proxy.running() as url, opened(url, publish_timeout=0.2) as bus:
+        await bus.declare([PAYMENTS])
+        proxy.hold()
+        await bus.publish([Outgoing(CHARGE, b"[1]")])
+        proxy.release()
+        assert bus.problem == "RabbitMQ does not confirm what is published"
+        assert bus._publishing is not None
+        assert bus._publishing.transport is not None
+        await bus._publishing.transport.connection.close(ConnectionError("test"))
+        await until(lambda: bus.problem is None)
 
 
 async def test_cancelling_a_publish_is_not_taken_for_a_lost_connection(proxy: Proxy) -> None:
