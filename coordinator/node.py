@@ -1,6 +1,5 @@
 """One running process: the bus, the database, and what an application runs on them."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
@@ -28,7 +27,9 @@ from events.rabbitmq import RabbitMQBus
 from events.relay import Relay
 from events.sqlite import FileLock
 from handlers.fence import Fence
-from handlers.runner import HandlerRunner
+from handlers.group import HandlerGroup
+from handlers.retries import Retries
+from handlers.tools import Tools
 
 
 class Node:
@@ -99,13 +100,12 @@ class Node:
         )
         outbox: Outbox = self.bus if isinstance(self.bus, EmbeddedBus) else self.relay
         engine = self._make_engine(outbox)
-        runners = self._make_runners(outbox)
-        queues = [runner.handler.queue for runner in runners] + (engine.queues if engine else [])
+        group = self._make_group(outbox)
+        queues = [handler.queue for handler in self._handlers] + (engine.queues if engine else [])
         await self.bus.declare(queues)
-        for runner in runners:
-            await runner.start()
-        if runners:
-            self._stack.push_async_callback(_stop_together, runners, self._settings.grace)
+        if group is not None:
+            self._stack.push_async_callback(group.stop, self._settings.grace)
+            await group.start()
         if engine is not None:
             self._stack.push_async_callback(engine.stop)
             await engine.start()
@@ -125,35 +125,28 @@ class Node:
             limits=self._settings.limits,
         )
 
-    def _make_runners(self, outbox: Outbox) -> list[HandlerRunner]:
+    def _make_group(self, outbox: Outbox) -> HandlerGroup | None:
         if not self._handlers:
-            return []
+            return None
         container: AsyncContainer | None = None
         if self._app.resources:
             container = make_async_container(*self._app.resources)
             self._stack.push_async_callback(container.close)
-        fence = Fence(frozenset(h.message.message_type for h in self._app.handlers if issubclass(h.message, Command)))
-        return [
-            HandlerRunner(
-                handler,
-                registry=self._app.registry,
-                source=f"{self._app.source}/{handler.name}",
-                engine=self.engine,
-                bus=self.bus,
-                outbox=outbox,
-                container=container,
-                clock=self._clock,
-                ids=self._ids,
-                random=self._random,
-                limits=self._settings.limits,
-                fence=fence,
-            )
-            for handler in self._handlers
-        ]
-
-
-async def _stop_together(runners: list[HandlerRunner], grace: float) -> None:
-    await asyncio.gather(*(runner.stop(grace) for runner in runners))
+        tools = Tools(
+            engine=self.engine,
+            bus=self.bus,
+            outbox=outbox,
+            container=container,
+            clock=self._clock,
+            ids=self._ids,
+            random=self._random,
+            limits=self._settings.limits,
+            fence=Fence(
+                frozenset(h.message.message_type for h in self._app.handlers if issubclass(h.message, Command))
+            ),
+            retries=Retries(self.engine, clock=self._clock, ids=self._ids),
+        )
+        return HandlerGroup(self._handlers, registry=self._app.registry, source=self._app.source, tools=tools)
 
 
 @asynccontextmanager

@@ -257,10 +257,13 @@ class Lookup:
         columns: the names of the columns to read.
         key: the column whose values are given.
         lock: lock the rows until the end of the transaction, in the order of their keys.
+        also: another table with this key, in which to look as well. Its rows have None for columns that it lacks; all
+            rows then end in a number: 0 for those of `table`, 1 for those of this one.
     """
 
-    def __init__(self, table: Table, *columns: str, key: str, lock: bool = False) -> None:
+    def __init__(self, table: Table, *columns: str, key: str, lock: bool = False, also: Table | None = None) -> None:
         self._table = table
+        self._also = also
         self._columns = tuple(table.c[name] for name in columns)
         self._key = table.c[key]
         self._lock = lock
@@ -284,16 +287,23 @@ class Lookup:
         ]
 
     def _prepare(self, dialect: Dialect) -> str:
-        names = ", ".join(column.name for column in self._columns)
+        names = [column.name for column in self._columns]
         postgres = dialect.name == "postgresql"
-        among = f"= ANY($1::{_type_name(self._key, dialect)}[])" if postgres else "IN (SELECT value FROM json_each(?))"
-        statement = f"SELECT {names} FROM {self._table.name} WHERE {self._key.name} {among}"  # noqa: S608
+        among = f"= ANY($1::{_type_name(self._key, dialect)}[])" if postgres else "IN (SELECT value FROM json_each(?1))"
+        where = f"WHERE {self._key.name} {among}"
+        also = self._also
+        if also is None:
+            statement = f"SELECT {', '.join(names)} FROM {self._table.name} {where}"  # noqa: S608
+        else:
+            others = [name if name in also.c else "NULL" for name in names]
+            statement = (
+                f"SELECT {', '.join(names)}, 0 FROM {self._table.name} {where}"  # noqa: S608
+                f" UNION ALL SELECT {', '.join(others)}, 1 FROM {also.name} {where}"
+            )
         if self._lock and postgres:  # SQLite's only writer holds everything locked
             statement += f" ORDER BY {self._key.name} FOR UPDATE"
-        self._results[dialect.name] = tuple(
-            column.type._cached_result_processor(dialect, None)  # noqa: SLF001
-            for column in self._columns
-        )
+        processors = [column.type._cached_result_processor(dialect, None) for column in self._columns]  # noqa: SLF001
+        self._results[dialect.name] = (*processors, *([] if also is None else [None]))
         self._statements[dialect.name] = statement
         return statement
 

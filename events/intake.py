@@ -1,7 +1,7 @@
 """Deliveries in, batches out: takes what is there, waits only when there is nothing."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +13,11 @@ from events.codec import Limits, Part, read_body
 class _Bundle:
     """Counts the parts of a delivery that are not settled yet."""
 
-    __slots__ = ("delivery", "unsettled")
+    __slots__ = ("delivery", "parts", "unsettled")
 
     def __init__(self, delivery: Delivery, parts: int) -> None:
         self.delivery = delivery
+        self.parts = parts
         self.unsettled = parts
 
 
@@ -68,6 +69,11 @@ class Intake:
 
     def deliver(self, delivery: Delivery) -> None:
         """Take a delivery apart; to be used as the bus's callback."""
+        self._items.extend(self.read(delivery))
+        self._filled.set()
+
+    def read(self, delivery: Delivery) -> list[Item]:
+        """Return what a delivery holds, for a caller who does not want it in line."""
         parts = read_body(
             delivery.body,
             content_type=delivery.content_type,
@@ -78,13 +84,19 @@ class Intake:
         bundle = _Bundle(delivery, len(parts))
         alone = delivery.redelivered
         transport = tracing.current_traceparent()
-        self._items.extend(Item(part, bundle, alone, transport) for part in parts)
-        self._filled.set()
+        return [Item(part, bundle, alone, transport) for part in parts]
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Take items again that are not settled; they come first."""
         self._items.extendleft(item for item in reversed(items) if not item.settled)
         self._filled.set()
+
+    def take_untouched(self) -> list[Delivery]:
+        """Remove the deliveries of which no part was taken or settled, and return them, to be given back."""
+        here = Counter(item.bundle for item in self._items)
+        untouched = {bundle for bundle, parts in here.items() if parts == bundle.parts}
+        self._items = deque(item for item in self._items if item.bundle not in untouched)
+        return [bundle.delivery for bundle in here if bundle in untouched]
 
     def __len__(self) -> int:
         return len(self._items)

@@ -1,6 +1,8 @@
 """Who acts: single-purpose, idempotent handlers of events and commands."""
 
-from handlers.context import Context, Declined
-from handlers.definition import Handler, Retry, handles
+from handlers.breaker import Breaker
+from handlers.context import Context, Declined, RetryAfter
+from handlers.definition import Handler, handles
+from handlers.policy import Retry
 
-__all__ = ["Context", "Declined", "Handler", "Retry", "handles"]
+__all__ = ["Breaker", "Context", "Declined", "Handler", "Retry", "RetryAfter", "handles"]

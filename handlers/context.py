@@ -18,7 +18,7 @@ class Context:
             attempt of one saga step in one direction, and the message's own key elsewhere.
         correlation_id: what this message belongs to.
         saga_id, step, direction: the saga that sent this command; None for other messages.
-        attempt: which try this is in this process, from 1.
+        attempt: which try this is, from 1; over all processes and redeliveries.
     """
 
     message_id: str
@@ -43,3 +43,20 @@ class Declined(CoordinatorError):  # noqa: N818  # it reads as the business says
     def __init__(self, outcome: Event | Reply | str) -> None:
         super().__init__(outcome if isinstance(outcome, str) else outcome.message_type)
         self.outcome: Event | Reply = Refused(reason=outcome) if isinstance(outcome, str) else outcome
+
+
+class RetryAfter(CoordinatorError):  # noqa: N818  # the name of the HTTP header that it stands for
+    """A technical failure that says when another try may help; it is then tried neither before nor long after.
+
+    Any other exception with a number, or a `timedelta`, in an attribute `retry_after` is understood likewise.
+
+    Args:
+        seconds: how long to wait.
+        why: in words, for people.
+    """
+
+    code = "retry_after"
+
+    def __init__(self, seconds: float, why: str = "asked to come again later") -> None:
+        super().__init__(f"{why}; again in {seconds:g} s")
+        self.retry_after = seconds

@@ -4,58 +4,38 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from dishka import AsyncContainer
 from opentelemetry.trace import SpanKind
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
-from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt
+from tenacity import AsyncRetrying, retry_if_exception
 
 from events import tracing
 from events.bus import Address, Exchange
-from events.clock import Clock
 from events.codec import Readable
 from events.dead_letters import DeadLetter, storable
 from events.derive import derive_id
 from events.envelope import Envelope, Result, SagaLink, wrap
 from events.errors import CoordinatorError, DefinitionError, RejectedError
-from events.ids import Random
 from events.intake import Item
 from events.message import Event, Failed, Message, Refused, Reply, Succeeded
 from events.outbox import Outbound, route
 from events.registry import Registry
 from events.service import is_cancelled
+from handlers.breaker import Circuit
 from handlers.context import Context, Declined
 from handlers.definition import Handler
+from handlers.outcome import Outcome
+from handlers.policy import Again, GiveUp, Ladder
+from handlers.retries import Retries, Waiting, row_of
+from handlers.tools import Tools
 
 logger = logging.getLogger(__name__)
 
 _MAX_REASON = 500
-
-
-class Progress(Enum):
-    """How far an outcome has come."""
-
-    PENDING = "to be committed with others"
-    COMMITTED = "committed with the handler's own work"
-    LOST = "somebody else has handled the message meanwhile"
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What came of one message, ready to be committed. `bars` is the key of a command that must not run any more."""
-
-    item: Item
-    envelope: Envelope | None
-    result: Result
-    messages: list[Outbound] = field(default_factory=list)
-    reply: Outbound | None = None
-    dead: DeadLetter | None = None
-    bars: UUID | None = None
-    progress: Progress = Progress.PENDING
 
 
 class HandlerCancelledError(CoordinatorError):
@@ -74,24 +54,24 @@ Once = Callable[[Message, Context], Awaitable[Outcome]]
 
 
 class Execution:
-    """Runs one handler: reads the message, fills in parameters, tries again, and says what came of it."""
+    """Runs one handler: reads the message, fills in parameters, tries again, and says what came of it.
+
+    Attributes:
+        retry: the policy in force; an operator may change it.
+    """
 
     def __init__(
-        self,
-        handler: Handler,
-        registry: Registry,
-        *,
-        source: str,
-        container: AsyncContainer | None,
-        clock: Clock,
-        random: Random,
+        self, handler: Handler, registry: Registry, *, source: str, tools: Tools, circuit: Circuit | None = None
     ) -> None:
+        self.retry = handler.retry
         self._handler = handler
         self._registry = registry
         self._source = source
-        self._container = container
-        self._clock = clock
-        self._random = random
+        self._container = tools.container
+        self._clock = tools.clock
+        self._random = tools.random
+        self._retries = tools.retries
+        self._circuit = circuit
 
     def reject(self, item: Item, error: RejectedError) -> Outcome:
         """Return the outcome of a message that cannot be read: a dead letter and, for a saga, a failed reply."""
@@ -103,18 +83,55 @@ class Execution:
             error,
             extra={"action": "handler.rejected", "handler": self._handler.name, "reason": error.code},
         )
-        return self.fail(item, envelope, error.code, str(error), attempts=0)
+        row = row_of(item)
+        return self.fail(item, envelope, error.code, str(error), attempts=row.attempts - 1 if row else 0)
 
-    def fail(self, item: Item, envelope: Envelope | None, code: str, detail: str, *, attempts: int) -> Outcome:
+    def fail(
+        self,
+        item: Item,
+        envelope: Envelope | None,
+        code: str,
+        detail: str,
+        *,
+        attempts: int,
+        error_type: str | None = None,
+    ) -> Outcome:
         """Return the outcome of a message that was given up on: a dead letter and, for a saga, a failed reply."""
         outcome = Outcome(item, envelope, Result.FAILED)
         detail = storable(detail)
-        outcome.dead = DeadLetter(item, self._handler.name, code, detail, attempts)
+        row = row_of(item)
+        outcome.dead = DeadLetter(
+            item,
+            self._handler.name,
+            code,
+            detail,
+            attempts,
+            error_type,
+            first_at=row.first_at if row else None,
+        )
         if envelope is not None:
             failure = Failed(code=code, reason=detail[-_MAX_REASON:], attempts=attempts)
             span = tracing.current_span()
             self._reply(outcome, envelope, failure, tracing.traceparent_of(span), tracing.tracestate_of(span))
         return outcome
+
+    def park(self, item: Item, part: Readable) -> Outcome:
+        """Return the outcome of a message that came a second time: it waits, to be counted before it is tried."""
+        outcome = Outcome(item, part.envelope, Result.FAILED)
+        outcome.again = self._waiting(item, part)
+        return outcome
+
+    def bury_crashed(self, item: Item, envelope: Envelope, row: Waiting) -> Outcome:
+        """Return the outcome of a message that has ended its process too often: a dead letter."""
+        logger.error(
+            "%s gave up on %s: %d times a try of it has begun and not ended",
+            self._handler.name,
+            envelope.id,
+            row.crashes,
+            extra={"action": "handler.crashed", "handler": self._handler.name, "message_id": envelope.id},
+        )
+        detail = f"{row.crashes} times a try has begun and not ended: the process was killed, or hung"
+        return self.fail(item, envelope, "crashed", detail, attempts=row.attempts - 1)
 
     def undo_nothing(self, item: Item, envelope: Envelope, bars: UUID | None) -> Outcome:
         """Return the outcome of a compensation whose command has not run here, and never will."""
@@ -142,60 +159,104 @@ class Execution:
         return outcome
 
     async def run(self, item: Item, envelope: Envelope, once: Once) -> Outcome:
-        """Read the message and call `once` until it returns or the attempts are used up."""
+        """Read the message and call `once` until it returns, its next try is due later, or there is none."""
         parent, links = tracing.parent_and_links(envelope.traceparent, envelope.tracestate, item.transport)
+        row = row_of(item)
         name = f"process {envelope.type}"
-        attributes = _attributes(self._handler.name, envelope) if tracing.is_on() else None
+        ladder = Ladder(self.retry, attempt=row.attempts if row else 1)
+        attributes = _attributes(self._handler.name, envelope, ladder.attempt) if tracing.is_on() else None
         with tracing.span(name, parent=parent, kind=SpanKind.CONSUMER, links=links, attributes=attributes) as span:
             try:
                 message = self._registry.read(envelope)
             except RejectedError as error:
                 tracing.mark_failed(span, error.code)
                 return self.reject(item, error)
-            context = _context(envelope)
+            context = _context(envelope, ladder.attempt)
+            begun = self._clock.monotonic() - _age(row, self._retries)
             try:
-                return await self._try(message, context, once)
+                return await self._try(ladder, begun, message, context, once)
             except Exception as error:  # noqa: BLE001  # whatever user code raises is a technical failure
                 span.record_exception(error)
                 tracing.mark_failed(span, repr(error))
-                return self._give_up(item, envelope, context, error)
+                return self._after_failure(item, envelope, ladder, error)
 
-    async def _try(self, message: Message, context: Context, once: Once) -> Outcome:
+    async def _try(self, ladder: Ladder, begun: float, message: Message, context: Context, once: Once) -> Outcome:
         try:
-            return await once(message, context)
+            return await self._watched(once, message, context)
         except Exception as error:
-            if self._handler.retry.attempts == 1:
+            if not self._tries_on(ladder, begun, context, error):
                 raise
-            self._log_failure(context, error)
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._handler.retry.attempts - 1),
-            wait=self._jitter,
+            retry=retry_if_exception(lambda error: self._tries_on(ladder, begun, context, error)),
+            wait=lambda _: _pause(ladder),
             sleep=self._clock.sleep,
-            after=lambda state: self._log_failure(context, state.outcome.exception() if state.outcome else None),
             reraise=True,
         )
-        await self._clock.sleep(self._random.uniform(0, self._handler.retry.bound(1)))
+        await self._clock.sleep(_pause(ladder))
         async for attempt in retrying:
             with attempt:
-                context.attempt = attempt.retry_state.attempt_number + 1
                 context.published.clear()
-                return await once(message, context)
+                return await self._watched(once, message, context)
         raise AssertionError("tenacity returns or raises")
 
-    def _jitter(self, state: RetryCallState) -> float:
-        """Full jitter (Brooker, "Exponential Backoff And Jitter", 2015): spreads what failed together."""
-        return self._random.uniform(0, self._handler.retry.bound(state.attempt_number + 1))
+    async def _watched(self, once: Once, message: Message, context: Context) -> Outcome:
+        """Make one try, and tell the breaker if it went well."""
+        outcome = await once(message, context)
+        if self._circuit is not None:
+            self._circuit.succeeded()
+        return outcome
 
-    def _log_failure(self, context: Context, error: BaseException | None) -> None:
+    def _tries_on(self, ladder: Ladder, begun: float, context: Context, error: BaseException) -> bool:
+        """Take in a failure; say whether the next try follows in process."""
+        if not isinstance(error, Exception):
+            return False
+        self._log_failure(context, error)
+        if self._circuit is not None and not isinstance(error, SQLAlchemyError) and not self._circuit.failed(error):
+            ladder.spare(self._random)
+            return False
+        verdict = ladder.failed(error, elapsed=self._clock.monotonic() - begun, random=self._random)
+        if not isinstance(verdict, Again) or not verdict.in_process:
+            return False
+        if self._circuit is not None and not self._circuit.is_closed:
+            return False
+        ladder.attempt += 1
+        context.attempt = ladder.attempt
+        return True
+
+    def _log_failure(self, context: Context, error: BaseException) -> None:
         logger.info(
             "%s failed on %s, attempt %d of %d: %r",
             self._handler.name,
             context.message_id,
             context.attempt,
-            self._handler.retry.attempts,
+            self.retry.attempts,
             error,
             extra={"action": "handler.attempt_failed", "handler": self._handler.name, "message_id": context.message_id},
         )
+
+    def _after_failure(self, item: Item, envelope: Envelope, ladder: Ladder, error: Exception) -> Outcome:
+        verdict = ladder.verdict
+        if isinstance(verdict, GiveUp) or not isinstance(item.part, Readable):
+            return self._give_up(item, envelope, ladder, error)
+        outcome = Outcome(item, envelope, Result.FAILED)
+        row = outcome.again = row_of(item) or self._waiting(item, item.part)
+        row.attempts, row.begun_at, row.crashes = ladder.attempt, None, 0
+        row.due_at = self._retries.clock.now() + timedelta(seconds=verdict.wait)
+        row.reason, row.error_type, row.detail = _code(error), _name(error), _stack(error)
+        logger.info(
+            "%s tries %s again in %.1f s, after %d of %d attempts",
+            self._handler.name,
+            envelope.id,
+            verdict.wait,
+            ladder.attempt,
+            self.retry.attempts,
+            extra={"action": "handler.delayed", "handler": self._handler.name, "message_id": envelope.id},
+        )
+        return outcome
+
+    def _waiting(self, item: Item, part: Readable) -> Waiting:
+        now = self._retries.clock.now()
+        return Waiting.of(item, part, id=self._retries.new_id(), consumer=self._handler.name, now=now)
 
     async def call(
         self, item: Item, envelope: Envelope, message: Message, context: Context, session: AsyncSession | None
@@ -287,26 +348,47 @@ class Execution:
         outcome.reply = Outbound(reply, Address(Exchange.REPLIES, envelope.reply_to))
         outcome.messages.append(outcome.reply)
 
-    def _give_up(self, item: Item, envelope: Envelope, context: Context, error: Exception) -> Outcome:
+    def _give_up(self, item: Item, envelope: Envelope, ladder: Ladder, error: Exception) -> Outcome:
         """Return a dead letter with the reason and, for a saga, a failed reply."""
+        why = ladder.verdict.why if isinstance(ladder.verdict, GiveUp) else ""
         logger.error(
-            "%s gave up on %s after %d attempts: %r",
+            "%s gave up on %s after %d attempts, %s: %r",
             self._handler.name,
             envelope.id,
-            context.attempt,
+            ladder.attempt,
+            why,
             error,
             exc_info=error,
             extra={"action": "handler.gave_up", "handler": self._handler.name, "message_id": envelope.id},
         )
-        detail = "".join(traceback.format_exception(error))
-        code = error.code if isinstance(error, RejectedError) else "failed"
-        return self.fail(item, envelope, code, detail, attempts=context.attempt)
+        return self.fail(item, envelope, _code(error), _stack(error), attempts=ladder.attempt, error_type=_name(error))
 
 
-def _context(envelope: Envelope) -> Context:
+def _pause(ladder: Ladder) -> float:
+    return ladder.verdict.wait if isinstance(ladder.verdict, Again) else 0.0
+
+
+def _age(row: Waiting | None, retries: Retries) -> float:
+    """Return how many seconds ago the first try began."""
+    return (retries.clock.now() - row.first_at).total_seconds() if row else 0.0
+
+
+def _code(error: Exception) -> str:
+    return error.code if isinstance(error, RejectedError) else "failed"
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+
+
+def _stack(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _context(envelope: Envelope, attempt: int) -> Context:
     saga = envelope.saga
     if saga is None:
-        return Context(envelope.id, str(envelope.key), envelope.correlation_id)
+        return Context(envelope.id, str(envelope.key), envelope.correlation_id, attempt=attempt)
     return Context(
         message_id=envelope.id,
         idempotency_key=str(derive_id(saga.saga_id, saga.step, saga.direction.value)),
@@ -314,10 +396,11 @@ def _context(envelope: Envelope) -> Context:
         saga_id=saga.saga_id,
         step=saga.step,
         direction=saga.direction,
+        attempt=attempt,
     )
 
 
-def _attributes(name: str, envelope: Envelope) -> dict[str, Any]:
+def _attributes(name: str, envelope: Envelope, attempt: int) -> dict[str, Any]:
     """Attributes by the messaging conventions of OpenTelemetry."""
     attributes: dict[str, Any] = {
         "messaging.operation.name": "process",
@@ -325,6 +408,7 @@ def _attributes(name: str, envelope: Envelope) -> dict[str, Any]:
         "messaging.message.id": envelope.id,
         "messaging.consumer.group.name": name,
         "messaging.message.type": envelope.type,
+        "messaging.message.delivery_attempt": attempt,
     }
     if envelope.correlation_id:
         attributes["messaging.message.conversation_id"] = envelope.correlation_id

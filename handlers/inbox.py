@@ -14,9 +14,9 @@ from events.envelope import Envelope
 from events.errors import StaleRowError
 from events.message import Command
 from handlers.definition import Handler
-from handlers.tables import inbox
+from handlers.tables import inbox, retry
 
-_recorded = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", key="message_key")
+_known = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", key="message_key", also=retry)
 _insert = Bulk(inbox, "message_key", "consumer", "reply", "reply_to", "handled_at")
 
 
@@ -30,6 +30,15 @@ class Recorded:
     reply_to: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of some messages: those that are recorded, and those that wait to be tried again."""
+
+    recorded: Mapping[UUID, Recorded]
+    waiting: frozenset[UUID]
+
+
+NOTHING = Known({}, frozenset())
 _replace = Bulk(inbox, "message_key", "reply", "reply_to")
 OF_SAGAS = "saga"
 
@@ -51,15 +60,17 @@ class Inbox:
         """Return under which name a message is recorded."""
         return OF_SAGAS if self._commands and envelope.saga is not None else self._name
 
-    async def find(self, keys: Sequence[UUID]) -> Mapping[UUID, Recorded]:
-        """Return what is recorded of `keys`, outside any transaction."""
+    async def find(self, keys: Sequence[UUID]) -> Known:
+        """Return what is known of `keys`, outside any transaction."""
         async with self._reader.connect() as connection:
-            rows = await _recorded.find(connection, keys)
-        return {
+            rows = await _known.find(connection, keys)
+        waiting = frozenset(key for key, consumer, *_, waits in rows if waits and consumer == self._name)
+        recorded = {
             key: Recorded(key, consumer, reply, reply_to)
-            for key, consumer, reply, reply_to in rows
-            if consumer == self._name or (self._commands and consumer == OF_SAGAS)
+            for key, consumer, reply, reply_to, waits in rows
+            if not waits and (consumer == self._name or (self._commands and consumer == OF_SAGAS))
         }
+        return Known(recorded, waiting)
 
     async def record_new(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> None:
         """Record messages that nobody is expected to have recorded; a conflict is an error."""

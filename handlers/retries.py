@@ -5,6 +5,7 @@ may have died of it. A row that is due is taken under a lease, and its try is co
 message that kills its process is known by a try that has begun and not ended; it is then tried alone.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -166,6 +167,7 @@ class Parked:
     row: Waiting
     redelivered: bool = False
     content_encoding: str | None = None
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
     body: bytes = field(init=False)
     content_type: str | None = field(init=False)
     headers: Mapping[str, Any] = field(init=False)
@@ -176,10 +178,12 @@ class Parked:
         self.headers = self.row.headers
 
     async def ack(self) -> None:
-        """See `Delivery.ack`: the row was deleted in the transaction that is committed now."""
+        """See `Delivery.ack`: what becomes of the row was in the transaction that is committed now."""
+        self.settled.set()
 
     async def requeue(self) -> None:
         """See `Delivery.requeue`: the row is still there, and due when its lease is over."""
+        self.settled.set()
 
 
 def row_of(item: Item) -> Waiting | None:

@@ -3,46 +3,47 @@
 The life of a message here: taken from the queue, looked up in the inbox, run, recorded together with its
 reply and its events in one transaction, handed to the bus, acknowledged. A handler that asks for an
 `AsyncSession` has a transaction of its own, in which its effect is recorded, too; all others share one
-transaction with whatever else has finished by then.
+transaction with whatever else has finished by then. A message that fails, or that comes a second time, leaves the
+queue for the table of those that are tried again, and comes here from there.
 """
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 from uuid import UUID
 
-from dishka import AsyncContainer
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from events.bulk import together
-from events.bus import Bus, Consumer
-from events.clock import Clock
-from events.codec import Limits, Readable
-from events.database import is_transient, single_statements, transaction
-from events.dead_letters import DeadLetter, bury
+from events.codec import Readable
+from events.database import is_transient, transaction
 from events.envelope import Envelope, Result
-from events.errors import CoordinatorError
+from events.errors import CoordinatorError, RejectedError
 from events.failpoints import failpoint
-from events.ids import Ids, Random
-from events.intake import Intake, Item, completed_by, settle
+from events.intake import Intake, Item, settle
 from events.message import Message
-from events.outbox import AfterCommit, Outbound, Outbox, recorded_reply
+from events.outbox import recorded_reply
 from events.registry import Registry
 from events.service import Supervisor, cancel_all, is_cancelled
+from handlers.breaker import Circuit, Signal
 from handlers.context import Context
 from handlers.definition import Handler
-from handlers.execution import Execution, Outcome, Progress
-from handlers.fence import BARRED, Fence, is_barred
-from handlers.inbox import OF_SAGAS, Inbox, Recorded
+from handlers.execution import Execution
+from handlers.fence import is_barred
+from handlers.flow import Flow
+from handlers.inbox import NOTHING, Inbox, Known, Recorded
+from handlers.limits import OneAtATime, Pace, Slots
+from handlers.outcome import Outcome, Progress
+from handlers.recording import Recorder
+from handlers.retries import Parked, Waiting, row_of
+from handlers.tools import Tools
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 256
-_PREFETCH = 16
 _DATABASE_PAUSE = 0.5
 
 T = TypeVar("T")
@@ -61,37 +62,42 @@ class _HandlersOwnError(Exception):
 
 
 class HandlerRunner:
-    """Runs `handler` until stopped."""
+    """Runs `handler` until stopped.
+
+    Args:
+        handler: what runs.
+        registry: reads its messages.
+        source: who speaks, in what it sends.
+        tools: what it shares with the other handlers of the process.
+        circuit: the breaker of its dependency.
+    """
 
     def __init__(
-        self,
-        handler: Handler,
-        *,
-        registry: Registry,
-        source: str,
-        engine: AsyncEngine,
-        bus: Bus,
-        outbox: Outbox,
-        container: AsyncContainer | None,
-        clock: Clock,
-        ids: Ids,
-        random: Random,
-        limits: Limits,
-        fence: Fence,
+        self, handler: Handler, *, registry: Registry, source: str, tools: Tools, circuit: Circuit | None = None
     ) -> None:
-        self._handler = handler
-        self._execution = Execution(handler, registry, source=source, container=container, clock=clock, random=random)
-        self._engine = engine
-        self._single = single_statements(engine)
-        self._bus = bus
-        self._outbox = outbox
-        self._inbox = Inbox(engine, handler)
-        self._fence = fence
-        self._clock = clock
-        self._ids = ids
-        self._limits = limits
-        self._intake = Intake(limits)
-        self._slots = asyncio.Semaphore(handler.concurrency)
+        self.handler = handler
+        self.execution = Execution(handler, registry, source=source, tools=tools, circuit=circuit)
+        self._registry = registry
+        self._tools = tools
+        self._circuit = circuit
+        self._clock = tools.clock
+        self._inbox = Inbox(tools.engine, handler)
+        self._recorder = Recorder(
+            tools.engine,
+            inbox=self._inbox,
+            retries=tools.retries,
+            outbox=tools.outbox,
+            clock=tools.clock,
+            ids=tools.ids,
+            limits=tools.limits,
+        )
+        self._intake = Intake(tools.limits)
+        self.flow = Flow(handler.queue.name, self._intake, bus=tools.bus, retries=tools.retries, circuit=circuit)
+        self.slots = Slots(handler.concurrency)
+        self.pace = Pace(tools.clock)
+        self._in_turn = OneAtATime()
+        self._probe: UUID | None = None  # the message that is to find out if the dependency is back
+        self.parked: dict[UUID, Waiting] = {}  # rows taken to be tried here, by their ids
         self._running: dict[UUID, list[Item]] = {}  # keys in work, each with duplicates that wait for it
         self._released: set[UUID] = set()  # keys that were in work when the batch was looked up, and are no more
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,27 +105,30 @@ class HandlerRunner:
         self._to_commit = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._taking = Supervisor(clock)
-        self._committing = Supervisor(clock)
-        self._consumer: Consumer | None = None
+        self._taking = Supervisor(tools.clock)
+        self._committing = Supervisor(tools.clock)
 
     @property
-    def handler(self) -> Handler:
-        """What runs here."""
-        return self._handler
+    def failing(self) -> frozenset[str]:
+        """The names of its background tasks that have failed and wait to be started again."""
+        return self._taking.failing | self._committing.failing
+
+    @property
+    def room(self) -> int:
+        """How many waiting messages it should be given now."""
+        return max(0, 2 * self.slots.limit - len(self.parked)) if self.flow.is_open else 0
 
     async def start(self) -> None:
         """Start to consume; the queue must have been declared."""
-        name = self._handler.name
+        name = self.handler.name
         self._taking.start(f"handler.{name}.take", self._take_loop)
         self._committing.start(f"handler.{name}.commit", self._commit_loop)
-        self._consumer = await self._bus.consume(self._handler.queue.name, self._intake.deliver, prefetch=_PREFETCH)
+        await self.flow.start()
+        self._taking.start(f"handler.{name}.flow", self.flow.keep)
 
     async def stop(self, grace: float) -> None:
         """Take no more, let what runs end within `grace` seconds, commit it; the rest goes back to the queue."""
-        if self._consumer is not None:
-            await self._consumer.cancel()
-            self._consumer = None
+        await self.flow.stop()
         await self._taking.stop()
         try:
             async with asyncio.timeout(grace):
@@ -129,69 +138,132 @@ class HandlerRunner:
         except TimeoutError:
             logger.warning(
                 "%s: %d messages were not finished in %g s; they are handed back",
-                self._handler.name,
+                self.handler.name,
                 len(self._tasks),
                 grace,
-                extra={"action": "handler.handed_back", "handler": self._handler.name},
+                extra={"action": "handler.handed_back", "handler": self.handler.name},
             )
         await cancel_all(self._tasks)
         await self._committing.stop()
+        await self._give_back(list(self.parked.values()))
+
+    async def _give_back(self, rows: Sequence[Waiting]) -> None:
+        try:
+            await self._tools.retries.give_back(rows)
+        except Exception as error:  # noqa: BLE001  # it must not keep the process from ending: their lease ends, too
+            logger.warning("leases are not given up: %s", error, extra={"action": "handler.lease_kept"})
 
     # Taking
 
+    def take(self, rows: Sequence[Waiting]) -> None:
+        """Take waiting messages, to be run like those that are delivered."""
+        for row in rows:
+            self.parked[row.id] = row
+            self._intake.deliver(Parked(row))
+
+    async def run_at_once(self, row: Waiting) -> None:
+        """Run a waiting message past all that wait for their turn here; return when its outcome is committed."""
+        parked = Parked(row)
+        [item] = self._intake.read(parked)
+        self.parked[row.id] = row
+        known = await self._find_known([item])
+        if row.key in self._running:  # a duplicate is in work, and this would wait for it
+            await self._abandon(item)
+            return
+        await self._begin(item, known, at_once=True)
+        await parked.settled.wait()
+
+    async def _abandon(self, item: Item) -> None:
+        """Give a row back whose try cannot be made now."""
+        if (row := row_of(item)) is not None:
+            self.parked.pop(row.id, None)
+            await self._give_back([row])
+            await item.delivery.requeue()
+
     async def _take_loop(self) -> None:
         while True:
+            await self.flow.until_open()
             items = await self._intake.take(_BATCH)
-            started = 0
+            begun = 0
             self._released.clear()
             try:
-                recorded = await self._find_recorded(items)
-                for item in items:
-                    await self._begin(item, recorded)
-                    started += 1
-            finally:  # an error or the end: what was not begun is not forgotten
-                self._intake.put_back(items[started:])
+                known = await self._find_known(items)
+                while begun < len(items) and await self._begin(items[begun], known):
+                    begun += 1
+            finally:  # an error, the end, or the flow is off: what was not begun is not forgotten
+                self._intake.put_back(items[begun:])
+                if begun < len(items):
+                    self.flow.left_over()
 
-    async def _find_recorded(self, items: Sequence[Item]) -> Mapping[UUID, Recorded]:
+    async def _find_known(self, items: Sequence[Item]) -> Known:
         envelopes = [item.part.envelope for item in items if isinstance(item.part, Readable)]
         keys = [envelope.key for envelope in envelopes]
-        keys += [command for envelope in envelopes if (command := self._fence.undone_by(envelope)) is not None]
+        fence = self._tools.fence
+        keys += [command for envelope in envelopes if (command := fence.undone_by(envelope)) is not None]
         if not keys:
-            return {}
+            return NOTHING
         return await self._until_database_answers(lambda: self._inbox.find(keys))
 
-    async def _begin(self, item: Item, recorded: Mapping[UUID, Recorded]) -> None:
+    async def _begin(self, item: Item, known: Known, *, at_once: bool = False) -> bool:
+        """Begin to work on `item`; return False if it must not begin now."""
+        if not self.flow.is_open and not at_once:
+            return False
         part = item.part
         if not isinstance(part, Readable):
-            self._finish(self._execution.reject(item, part.error))
-            return
-        envelope = part.envelope
-        key = envelope.key
-        if known := recorded.get(key):
-            answer = self._execution.refuse(item, envelope) if is_barred(known) else self._repeat(item, envelope, known)
-            self._finish(answer)
+            self._finish(self.execution.reject(item, part.error))
+            return True
+        envelope, row = part.envelope, row_of(item)
+        key, fence = envelope.key, self._tools.fence
+        if recorded := known.recorded.get(key):
+            barred = is_barred(recorded)
+            self._finish(self.execution.refuse(item, envelope) if barred else self._repeat(item, envelope, recorded))
         elif key in self._running:
             self._running[key].append(item)
-        elif key in self._released:  # it may have been recorded after we looked: look again
+        elif key in self._released and not at_once:  # it may have been recorded after we looked: look again
             self._intake.put_back([item])
-        elif self._fence.has_nothing_to_undo(envelope, recorded):
-            command = self._fence.undone_by(envelope)
-            self._running[key] = []
-            self._finish(self._execution.undo_nothing(item, envelope, None if command in recorded else command))
+        elif row is None and key in known.waiting:
+            self._finish(Outcome(item, None, Result.SUCCEEDED))  # it will be tried when it is due
+        elif row is None and item.alone:
+            self._work(envelope, self.execution.park(item, part))
+        elif fence.has_nothing_to_undo(envelope, known.recorded):
+            command = fence.undone_by(envelope)
+            bars = None if command in known.recorded else command
+            self._work(envelope, self.execution.undo_nothing(item, envelope, bars))
+        elif row is not None and row.crashes >= self.execution.retry.crashes:
+            self._work(envelope, self.execution.bury_crashed(item, envelope, row))
         else:
-            await self._slots.acquire()
-            self._running[key] = []
-            task = asyncio.create_task(self._run(item, envelope))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            return await self._begin_run(item, envelope, at_once=at_once)
+        return True
+
+    async def _begin_run(self, item: Item, envelope: Envelope, *, at_once: bool) -> bool:
+        if not at_once:
+            await self.pace.keep()
+            if self.handler.key is None:  # others must not wait behind one that waits for its key
+                await self.slots.acquire()
+            if not self.flow.admit():
+                if self.handler.key is None:
+                    self.slots.release()
+                return False
+        if self._circuit is not None and self._circuit.state.probing:
+            self._probe = envelope.key
+        self._running[envelope.key] = []
+        task = asyncio.create_task(self._run(item, envelope, at_once=at_once))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
+
+    def _work(self, envelope: Envelope, outcome: Outcome) -> None:
+        """Take a message into work, with an outcome that needs no run."""
+        self._running[envelope.key] = []
+        self._finish(outcome)
 
     def _repeat(self, item: Item, envelope: Envelope, known: Recorded) -> Outcome:
         """Answer a duplicate with the recorded reply."""
         logger.info(
             "%s has handled %s before; its reply is sent again",
-            self._handler.name,
+            self.handler.name,
             envelope.id,
-            extra={"action": "handler.duplicate", "handler": self._handler.name, "message_id": envelope.id},
+            extra={"action": "handler.duplicate", "handler": self.handler.name, "message_id": envelope.id},
         )
         outcome = Outcome(item, None, Result.SUCCEEDED)
         if known.reply is not None and known.reply_to is not None:
@@ -200,12 +272,13 @@ class HandlerRunner:
 
     # Running
 
-    async def _run(self, item: Item, envelope: Envelope) -> None:
-        once = self._once_in_transaction if self._handler.session_parameter else self._once
+    async def _run(self, item: Item, envelope: Envelope, *, at_once: bool) -> None:
+        once = self._once_in_transaction if self.handler.session_parameter else self._once
         try:
-            outcome = await self._execution.run(
-                item, envelope, lambda message, context: once(item, envelope, message, context)
-            )
+            async with self._place(envelope, at_once=at_once):
+                outcome = await self.execution.run(
+                    item, envelope, lambda message, context: once(item, envelope, message, context)
+                )
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a driver that lost its connection may cancel us
@@ -213,26 +286,61 @@ class HandlerRunner:
                 raise
             logger.exception(
                 "%s could not settle %s and tries again",
-                self._handler.name,
+                self.handler.name,
                 envelope.id,
                 exc_info=error,
-                extra={"action": "handler.interrupted", "handler": self._handler.name, "message_id": envelope.id},
+                extra={"action": "handler.interrupted", "handler": self.handler.name, "message_id": envelope.id},
             )
             await self._clock.sleep(_DATABASE_PAUSE)
             self._release(envelope.key)
-            self._intake.put_back([item])
+            if at_once:
+                await self._abandon(item)
+            else:
+                self._intake.put_back([item])
             return
         finally:
-            self._slots.release()
+            if self._circuit is not None and self._probe == envelope.key:
+                self._probe = None
+                self._circuit.tell(Signal.ABANDONED)  # unless it has found out about its dependency
         if outcome.progress is Progress.PENDING:
             self._finish(outcome)
             return
         self._release(envelope.key)
         if outcome.progress is Progress.LOST:
             self._intake.put_back([item])
+        else:
+            self._settled(item)
+
+    @asynccontextmanager
+    async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:
+        """Hold what a message needs to run: its turn among those of its key, a slot, and no one who must be alone."""
+        async with AsyncExitStack() as stack:
+            if self.handler.key is not None and (key := self._key_of(envelope, self.handler.key)) is not None:
+                await stack.enter_async_context(self._in_turn.of(key))
+            if not at_once:
+                if self.handler.key is not None:
+                    await self.slots.acquire()
+                stack.callback(self.slots.release)
+                await stack.enter_async_context(self._tools.isolation.shared())
+            yield
+
+    def _key_of(self, envelope: Envelope, key: Callable[[Message], object]) -> str | None:
+        try:
+            return str(key(self._registry.read(envelope)))
+        except RejectedError:
+            return None  # it is no message, as will be found in a moment
+        except Exception as error:  # noqa: BLE001  # a function of the user's
+            logger.warning(
+                "the key of %s for %s cannot be told: %r",
+                envelope.id,
+                self.handler.name,
+                error,
+                extra={"action": "handler.no_key", "handler": self.handler.name},
+            )
+            return None
 
     async def _once(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
-        outcome = await self._execution.call(item, envelope, message, context, None)
+        outcome = await self.execution.call(item, envelope, message, context, None)
         await failpoint("handler.after_run")
         return outcome
 
@@ -246,11 +354,11 @@ class HandlerRunner:
     async def _transact(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
         context.published.clear()
         try:
-            async with transaction(self._engine) as connection:
+            async with transaction(self._tools.engine) as connection:
                 async with AsyncSession(bind=connection, expire_on_commit=False) as session:
                     outcome = await self._call(item, envelope, message, context, session)
                     await session.flush()
-                    kept, after_commit = await self._store(connection, [outcome], has_run=False)
+                    kept, after_commit = await self._recorder.store(connection, [outcome], has_run=False)
                 if not kept:
                     raise _LostRaceError  # noqa: TRY301  # it must pass the transaction to roll it back
                 await failpoint("handler.before_commit")
@@ -266,7 +374,7 @@ class HandlerRunner:
         self, item: Item, envelope: Envelope, message: Message, context: Context, session: AsyncSession
     ) -> Outcome:
         try:
-            return await self._execution.call(item, envelope, message, context, session)
+            return await self.execution.call(item, envelope, message, context, session)
         except SQLAlchemyError:
             raise
         except Exception as error:
@@ -285,6 +393,13 @@ class HandlerRunner:
         if waiting := self._running.pop(key, None):
             self._intake.put_back(waiting)
 
+    def _settled(self, item: Item) -> None:
+        """What came of `item` is committed; if it was a row, there is room for another."""
+        if (row := row_of(item)) is not None:
+            self.parked.pop(row.id, None)
+            if len(self.parked) <= self.slots.limit:
+                self._tools.look_again()
+
     async def _commit_loop(self) -> None:
         while True:
             await self._to_commit.wait()
@@ -299,9 +414,9 @@ class HandlerRunner:
                     raise
             self._idle.set()
 
-    async def _commit(self, outcomes: list[Outcome]) -> None:
+    async def _commit(self, outcomes: Sequence[Outcome]) -> None:
         try:
-            kept, after_commit = await self._until_database_answers(lambda: self._commit_together(outcomes))
+            kept, after_commit = await self._until_database_answers(lambda: self._recorder.commit(outcomes))
         except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop the others
             if len(outcomes) > 1:  # one of them spoils the batch: find it
                 for outcome in outcomes:
@@ -313,9 +428,13 @@ class HandlerRunner:
         await failpoint("handler.after_commit")
         after_commit()
         await settle([outcome.item for outcome in kept])
+        for outcome in kept:
+            self._settled(outcome.item)
         for outcome in outcomes:
             if outcome.envelope is not None:
                 self._release(outcome.envelope.key)
+        if any(outcome.again is not None for outcome in kept):
+            self._tools.look_again()
         lost = {id(outcome) for outcome in outcomes} - {id(outcome) for outcome in kept}
         self._intake.put_back([outcome.item for outcome in outcomes if id(outcome) in lost])
 
@@ -323,83 +442,19 @@ class HandlerRunner:
         """Turn an outcome that cannot be stored into one that can: without its events, then without its reply."""
         logger.error(
             "%s: the outcome of a message cannot be stored: %r",
-            self._handler.name,
+            self.handler.name,
             error,
-            extra={"action": "handler.spoilt", "handler": self._handler.name},
+            extra={"action": "handler.spoilt", "handler": self.handler.name},
         )
         if outcome.dead is not None and not outcome.messages:
             raise error
         code = error.code if isinstance(error, CoordinatorError) else "failed"
-        spoilt = self._execution.fail(outcome.item, outcome.envelope, code, repr(error), attempts=1)
+        spoilt = self.execution.fail(outcome.item, outcome.envelope, code, repr(error), attempts=1)
         if outcome.dead is None:
             outcome.messages, outcome.reply, outcome.dead = spoilt.messages, spoilt.reply, spoilt.dead
+            outcome.again = None
         else:
             outcome.messages, outcome.reply = [], None
-
-    async def _commit_together(self, outcomes: list[Outcome]) -> tuple[list[Outcome], AfterCommit]:
-        if self._engine.dialect.name == "postgresql":
-            try:
-                return outcomes, await self._commit_in_one_statement(outcomes)
-            except IntegrityError:
-                pass  # somebody has recorded one of them since it was looked up: find out which
-        async with transaction(self._engine) as connection:
-            result = await self._store(connection, outcomes, has_run=True)
-            await failpoint("handler.before_commit")
-        return result
-
-    async def _commit_in_one_statement(self, outcomes: list[Outcome]) -> AfterCommit:
-        """Record outcomes that nobody has recorded: inbox, dead letters and outbox in one trip to the database."""
-        now = self._clock.now()
-        async with self._single.connect() as connection, together(connection):
-            await self._inbox.record_new(connection, [*self._barred(outcomes), *self._recorded(outcomes)], now)
-            after_commit = await self._store_consequences(connection, outcomes, now)
-            await failpoint("handler.before_commit")
-        return after_commit
-
-    async def _store(
-        self, connection: AsyncConnection, outcomes: Sequence[Outcome], *, has_run: bool
-    ) -> tuple[list[Outcome], AfterCommit]:
-        """Record `outcomes` in the open transaction: inbox, dead letters, outbox. Returns those that were kept.
-
-        `has_run` says that what the handler did stays done even if the transaction is rolled back. Then a command
-        that was barred while it ran is recorded all the same: its reply comes late, and it is undone once more.
-        """
-        now = self._clock.now()
-        bars = self._barred(outcomes)
-        barred = await self._inbox.record(connection, bars, now) if bars else set()
-        judged = [outcome for outcome in outcomes if outcome.bars is None or outcome.bars in barred]
-        new = self._recorded(judged)
-        fresh = await self._inbox.record(connection, new, now) if new else set()
-        if has_run and len(fresh) < len(new):
-            late = [entry for entry in new if entry.key not in fresh]
-            fresh |= await self._inbox.take_over(connection, late, BARRED)
-        kept = [outcome for outcome in judged if outcome.envelope is None or outcome.envelope.key in fresh]
-        return kept, await self._store_consequences(connection, kept, now)
-
-    def _barred(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
-        return [Recorded(outcome.bars, OF_SAGAS, BARRED, None) for outcome in outcomes if outcome.bars is not None]
-
-    def _recorded(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
-        return [
-            Recorded(
-                outcome.envelope.key,
-                self._inbox.consumer_of(outcome.envelope),
-                outcome.reply.encode(self._limits) if outcome.reply else None,
-                outcome.reply.address.key if outcome.reply else None,
-            )
-            for outcome in outcomes
-            if outcome.envelope is not None
-        ]
-
-    async def _store_consequences(
-        self, connection: AsyncConnection, outcomes: Sequence[Outcome], now: datetime
-    ) -> AfterCommit:
-        letters: list[DeadLetter] = [outcome.dead for outcome in outcomes if outcome.dead is not None]
-        if letters:
-            await bury(connection, letters, ids=self._ids, now=now)
-        messages: list[Outbound] = [message for outcome in outcomes for message in outcome.messages]
-        settling = completed_by(outcome.item for outcome in outcomes)
-        return await self._outbox.write(connection, messages, settling)
 
     async def _until_database_answers(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do `work`; while the database is away, or wants it done again, do it again. No attempt is burned."""
@@ -411,7 +466,7 @@ class HandlerRunner:
                     raise  # a driver's clean-up may have turned our cancel into an error of its own
                 logger.warning(
                     "%s waits for the database: %s",
-                    self._handler.name,
+                    self.handler.name,
                     error,
                     extra={"action": "handler.database_away"},
                 )

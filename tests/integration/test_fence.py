@@ -9,8 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink
-from handlers.context import Declined
-from handlers.definition import Handler, Retry, handles
+from handlers import Declined, Handler, Retry, handles
 from tests.support.flows import PATIENCE, ChargeCard, Charged, RefundCard, Stage, effects, enveloped, open_stage
 
 ONCE = Retry(attempts=1)

@@ -34,7 +34,7 @@ from tests.support.flows import (
 )
 
 ONCE = Retry(attempts=1)
-THRICE = Retry(attempts=3, first=5, factor=3, most=100)
+THRICE = Retry(attempts=3, quick=0, first=5, factor=3, most=100)
 DATABASE_PAUSE = 0.5
 SUPERVISOR_PAUSE = 0.1
 
@@ -415,8 +415,8 @@ async def test_a_failure_is_tried_again_with_growing_waits(stage: Stage, in_sess
     handler = with_session if in_session else without_session
     await stage.start(handler)
     await stage.send(charge())
-    await stage.clock.pass_sleep(5)
-    await stage.clock.pass_sleep(15)
+    await stage.pass_delay(1, 5)
+    await stage.pass_delay(2, 15)
 
     assert (await stage.replies.next()).data == b'{"charge":"attempt 3"}'
     assert (await stage.events.next()).data == b'{"order":"attempt 3"}'
@@ -444,8 +444,8 @@ async def test_what_keeps_failing_is_kept_whole_with_its_reason_and_the_saga_is_
     await stage.start(handler)
     sent = charge()
     await stage.send(sent)
-    await stage.clock.pass_sleep(5)
-    await stage.clock.pass_sleep(15)
+    await stage.pass_delay(1, 5)
+    await stage.pass_delay(2, 15)
 
     reply = await stage.replies.next()
     assert reply.type == "failed"
@@ -476,9 +476,9 @@ async def test_one_failing_message_does_not_hold_back_the_others_of_its_bundle(s
     await stage.send(good, bad, last)
     answered = {(await stage.replies.next()).causation_id for _ in range(2)}
     assert answered == {good.id, last.id}
-    assert await stage.unsettled(partly) == 1, "the bundle is acknowledged once all of it is settled"
-    await stage.clock.pass_sleep(5)
-    await stage.clock.pass_sleep(15)
+    await stage.settled(partly)
+    await stage.pass_delay(1, 5)
+    await stage.pass_delay(2, 15)
     assert (await stage.replies.next()).causation_id == bad.id
     assert bodies(await stage.dead()) == [bad.encode()]
     await stage.settled(partly)
@@ -558,8 +558,8 @@ async def test_a_cancellation_by_a_library_inside_a_handler_is_a_failure_like_ot
 
     await stage.start(cancelled_once)
     await stage.send(charge())
-    await stage.clock.pass_sleep(5)
-    await stage.clock.pass_sleep(15)
+    await stage.pass_delay(1, 5)
+    await stage.pass_delay(2, 15)
     assert (await stage.replies.next()).type == "charged"
     assert runs == [1, 2, 3]
 
@@ -806,7 +806,7 @@ async def test_an_exception_before_the_commit_rolls_the_effect_back_and_is_retri
     await stage.start(keep_it)
     with armed("handler.before_commit", failing(RuntimeError("the disk is on fire"))):
         await stage.send(charge())
-        await stage.clock.pass_sleep(5)
+        await stage.pass_delay(1, 5)
         assert (await stage.replies.next()).type == "succeeded"
     assert await stage.effects() == ["1"]
     assert len(await stage.handled()) == 1

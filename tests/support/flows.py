@@ -30,8 +30,10 @@ from events.relay import Relay, RelayOptions
 from events.tables import dead_letter, metadata, outbox
 from handlers.definition import Handler
 from handlers.fence import Fence
-from handlers.runner import HandlerRunner
-from handlers.tables import inbox
+from handlers.group import HandlerGroup
+from handlers.retries import Retries
+from handlers.tables import inbox, retry
+from handlers.tools import Tools
 
 PATIENCE = 30  # seconds before a test gives up on something that must happen
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -299,7 +301,8 @@ class Stage:
         self.replies = Mailbox()
         self.events = Mailbox()
         self.commands: set[str] = set()  # types of those that are handled here, for the fence
-        self._runners: list[HandlerRunner] = []
+        self.retries = Retries(engine, clock=clock, ids=self.ids)
+        self._groups: list[HandlerGroup] = []
 
     async def open(self) -> None:
         async with transaction(self.engine) as connection:
@@ -309,25 +312,23 @@ class Stage:
         await self.relay.start()
 
     async def close(self) -> None:
-        for runner in self._runners:
-            await runner.stop(0)
+        for group in self._groups:
+            await group.stop(0)
         await self.relay.stop()
         await self.bus.close()
 
     async def restart(self) -> None:
         """The process dies and another one starts, without its handlers."""
         await self.close()
-        self._runners.clear()
+        self._groups.clear()
         await self._open_bus()
         await self.relay.start()
 
     async def start(
-        self, handler: Handler, *, container: AsyncContainer | None = None, limits: Limits | None = None
-    ) -> HandlerRunner:
-        runner = HandlerRunner(
-            handler,
-            registry=Registry([handler.message]),
-            source=f"/tests/{handler.name}",
+        self, *handlers: Handler, container: AsyncContainer | None = None, limits: Limits | None = None
+    ) -> HandlerGroup:
+        """Run `handlers` in a process of their own."""
+        tools = Tools(
             engine=self.engine,
             bus=self.bus,
             outbox=self.outbox,
@@ -337,11 +338,14 @@ class Stage:
             random=Longest(),
             limits=limits or Limits(),
             fence=Fence(frozenset(self.commands)),
+            retries=self.retries,
         )
-        await self.bus.declare([handler.queue])
-        await runner.start()
-        self._runners.append(runner)
-        return runner
+        registry = Registry(list(dict.fromkeys(handler.message for handler in handlers)))
+        group = HandlerGroup(handlers, registry=registry, source="/tests", tools=tools)
+        await self.bus.declare([handler.queue for handler in handlers])
+        await group.start()
+        self._groups.append(group)
+        return group
 
     async def send(self, *sent: Envelope, exchange: Exchange = Exchange.COMMANDS) -> None:
         """Publish envelopes of one type in one bundle."""
@@ -361,6 +365,9 @@ class Stage:
     async def dead(self) -> list[Row[Any]]:
         return await self._rows(dead_letter)
 
+    async def waiting(self) -> list[Row[Any]]:
+        return await self._rows(retry)
+
     async def unsent(self) -> list[Row[Any]]:
         return await self._rows(outbox)
 
@@ -372,6 +379,23 @@ class Stage:
 
         await until(enough)
         return await self.dead()
+
+    async def delayed(self, attempts: int) -> Row[Any]:
+        """Wait until a message has been tried so often and waits for its next try; return its row."""
+        found: list[Row[Any]] = []
+
+        async def is_there() -> bool:
+            found[:] = [row for row in await self.waiting() if row.attempts == attempts and row.begun_at is None]
+            return bool(found)
+
+        await until(is_there)
+        return found[0]
+
+    async def pass_delay(self, attempts: int, seconds: float) -> None:
+        """Wait until a message has been tried so often, see that it waits for `seconds`, and let them pass."""
+        row = await self.delayed(attempts)
+        assert abs((row.due_at - self.retries.clock.now()).total_seconds() - seconds) < 1
+        self.clock.advance(seconds)
 
     async def settled(self, handler: Handler) -> None:
         """Wait until nothing in the handler's queue is left to be acknowledged."""

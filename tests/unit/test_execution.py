@@ -1,33 +1,42 @@
 """Running a handler for one message, without a database or a bus."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
 from events.codec import Limits, Readable
+from events.database import open_database
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink
 from events.errors import MalformedError
+from events.ids import TimeOrderedIds
 from events.intake import Intake, Item
 from events.message import Message
 from events.registry import Registry
 from handlers import Context, Declined, Handler, Retry, handles
-from handlers.execution import Execution, HandlerCancelledError, HandlerPanickedError, Outcome
+from handlers.execution import Execution, HandlerCancelledError, HandlerPanickedError
+from handlers.fence import Fence
+from handlers.outcome import Outcome
+from handlers.retries import Retries
+from handlers.tools import Tools
 from tests.support.flows import (
     ChargeCard,
     Charged,
+    FakeBus,
     FakeDelivery,
     ManualClock,
     OrderPlaced,
     PaymentCaptured,
     enveloped,
     envelopes,
+    make_relay,
 )
 
 SAGA = UUID("01900000-0000-7000-8000-00000000abcd")
-SECONDS = Retry(attempts=4, first=1, factor=2, most=3)
+SECONDS = Retry(attempts=4, quick=2, first=3)
 
 
 class Drawn:
@@ -52,6 +61,24 @@ class Impatient(ManualClock):
         self.slept.append(seconds)
 
 
+def make_tools(clock: ManualClock, random: Drawn) -> Tools:
+    """What a handler is lent; the database is in memory, and nobody asks it."""
+    engine = open_database("sqlite://")
+    bus, ids = FakeBus(), TimeOrderedIds()
+    return Tools(
+        engine=engine,
+        bus=bus,
+        outbox=make_relay(engine, bus, clock),
+        container=None,
+        clock=clock,
+        ids=ids,
+        random=random,
+        limits=Limits(),
+        fence=Fence(frozenset()),
+        retries=Retries(engine, clock=clock, ids=ids),
+    )
+
+
 class Bench:
     """One execution with its ports."""
 
@@ -62,9 +89,7 @@ class Bench:
             handler,
             Registry([handler.message]),
             source="/tests/handler",
-            container=None,
-            clock=self.clock,
-            random=self.random,
+            tools=make_tools(self.clock, self.random),
         )
 
     async def run(self, envelope: Envelope) -> Outcome:
@@ -99,15 +124,19 @@ def failing(error: BaseException, *, name: str = "bad", retry: Retry = SECONDS) 
     return handles(ChargeCard, name=name, retry=retry)(bad), runs
 
 
-async def test_waits_are_drawn_between_nothing_and_a_bound_that_grows() -> None:
+async def test_quick_tries_are_made_in_process_and_the_next_one_waits_in_the_database() -> None:
     handler, runs = failing(ValueError("no"))
     bench = Bench(handler)
     outcome = await bench.run(enveloped(ChargeCard(order="1"), saga=link()))
-    assert runs == [1, 2, 3, 4]
-    assert bench.random.asked[:3] == [(0, 1), (0, 2), (0, 3)]
-    assert bench.clock.slept == pytest.approx([1 / 3, 2 / 3, 1])
-    assert outcome.dead is not None
-    assert outcome.dead.attempts == 4
+    assert runs == [1, 2, 3]
+    assert bench.random.asked == [(0, 0.05), (0, 0.1), (0, 3)]
+    assert bench.clock.slept == pytest.approx([0.05 / 3, 0.1 / 3])
+    assert outcome.dead is None
+    assert outcome.messages == [], "the saga is told when there is no further try"
+    assert outcome.again is not None
+    assert outcome.handled is None
+    assert (outcome.again.attempts, outcome.again.reason, outcome.again.error_type) == (3, "failed", "ValueError")
+    assert outcome.again.due_at == bench.clock.now() + timedelta(seconds=1)
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
@@ -116,6 +145,8 @@ async def test_a_handler_is_run_as_often_as_its_policy_says(attempts: int) -> No
     outcome = await Bench(handler).run(enveloped(ChargeCard(order="1")))
     assert len(runs) == attempts
     assert outcome.result is Result.FAILED
+    assert outcome.dead is not None
+    assert outcome.dead.attempts == attempts
 
 
 async def test_a_decline_is_not_tried_again() -> None:

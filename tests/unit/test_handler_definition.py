@@ -113,21 +113,6 @@ def test_a_reply_has_no_handler() -> None:
         handles(Charged)(good)  # type: ignore[arg-type]  # that is the point
 
 
-@pytest.mark.parametrize("policy", [{"attempts": 0}, {"first": -1}, {"factor": 0.5}, {"most": -1}])
-def test_a_retry_policy_that_cannot_work_is_refused(policy: dict[str, Any]) -> None:
-    with pytest.raises(DefinitionError, match="count from 1"):
-        Retry(**policy)
-
-
-def test_waits_grow_up_to_a_bound() -> None:
-    retry = Retry(attempts=6, first=1, factor=3, most=20)
-    assert [retry.bound(attempt) for attempt in range(1, 6)] == [1, 3, 9, 20, 20]
-
-
-def test_waits_stay_at_their_bound_however_many_attempts_there_are() -> None:
-    assert Retry(attempts=10_000, first=0.1, factor=2, most=5).bound(9_999) == 5
-
-
 def test_a_decline_in_words_is_a_reply_and_a_message_is_kept() -> None:
     refused = Declined("no money")
     assert refused.outcome.to_data() == b'{"reason":"no money"}'

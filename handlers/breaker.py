@@ -1,0 +1,173 @@
+"""A circuit breaker: who sees a dependency fail again and again leaves it alone for a while.
+
+The states are those of Nygard, "Release It!" (2nd edition, chapter 5): closed while calls go through, open while
+none does, half-open while a single one tries. `step` is the whole of it, and pure; `Circuit` keeps a state.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from events.clock import Clock
+from events.errors import DefinitionError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """The policy of one dependency; handlers that name it share its state. Times are in seconds.
+
+    Attributes:
+        name: the dependency.
+        share: it opens when this share of the tries in a window has failed,
+        minimum: and there were at least so many.
+        window: the length of a window.
+        open_for: how long it is open at first; twice as long after each single try that fails,
+        most: but no longer than this.
+        on: the errors that speak of the dependency; after any other error it has answered.
+    """
+
+    name: str
+    share: float = 0.5
+    minimum: int = 10
+    window: float = 30.0
+    open_for: float = 5.0
+    most: float = 60.0
+    on: tuple[type[Exception], ...] = (Exception,)
+
+    def __post_init__(self) -> None:
+        if not self.name or not 0 < self.share <= 1 or self.minimum < 1:
+            raise DefinitionError(f"{self}: it needs a name, a share above 0 and up to 1, and a minimum from 1 on")
+        if self.window <= 0 or not 0 < self.open_for <= self.most:
+            raise DefinitionError(f"{self}: times are positive, and open_for is not above most")
+
+
+class Phase(StrEnum):
+    """How far a breaker lets calls through."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+class Signal(StrEnum):
+    """What a breaker is told."""
+
+    SUCCEEDED = "a call was answered"
+    FAILED = "a call was not"
+    PROBE = "the single try begins"
+    ABANDONED = "the single try did not take place after all"
+    TICK = "time has passed"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A breaker at a moment. `until` is the end of the window, or of being open, on a monotonic clock."""
+
+    phase: Phase = Phase.CLOSED
+    until: float = 0.0
+    tries: int = 0
+    failures: int = 0
+    failed_probes: int = 0
+    probing: bool = False
+
+
+def step(policy: Breaker, state: State, signal: Signal, now: float) -> State:
+    """Return the state that follows from `signal`."""
+    match state.phase:
+        case Phase.CLOSED:
+            return _closed(policy, state, signal, now)
+        case Phase.OPEN:  # what was under way when it opened says nothing new
+            return replace(state, phase=Phase.HALF_OPEN, probing=False) if now >= state.until else state
+        case Phase.HALF_OPEN:
+            return _half_open(policy, state, signal, now)
+
+
+def _closed(policy: Breaker, state: State, signal: Signal, now: float) -> State:
+    if signal not in (Signal.SUCCEEDED, Signal.FAILED):
+        return state
+    if now >= state.until:
+        state = State(until=now + policy.window)
+    state = replace(state, tries=state.tries + 1, failures=state.failures + (signal is Signal.FAILED))
+    if signal is Signal.FAILED and state.tries >= policy.minimum and state.failures >= policy.share * state.tries:
+        return State(Phase.OPEN, now + policy.open_for, state.tries, state.failures)
+    return state
+
+
+def _half_open(policy: Breaker, state: State, signal: Signal, now: float) -> State:
+    match signal:
+        case Signal.PROBE:
+            return replace(state, probing=True)
+        case Signal.ABANDONED:
+            return replace(state, probing=False)
+        case Signal.SUCCEEDED:
+            return State(until=now + policy.window)
+        case Signal.FAILED:
+            failed = state.failed_probes + 1
+            pause = min(policy.most, policy.open_for * 2.0 ** min(failed, 32))
+            return replace(state, phase=Phase.OPEN, until=now + pause, failed_probes=failed, probing=False)
+        case Signal.TICK:
+            return state
+
+
+class Circuit:
+    """A breaker at work in one process.
+
+    Args:
+        policy: when it opens.
+        clock: measures its times.
+    """
+
+    def __init__(self, policy: Breaker, clock: Clock) -> None:
+        self.policy = policy
+        self.state = State()
+        self._clock = clock
+        self._listeners: list[Callable[[], None]] = []
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Call `changed` after each change of the phase."""
+        self._listeners.append(changed)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether calls go through."""
+        return self.state.phase is Phase.CLOSED
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether a single call shall try."""
+        return self.state.phase is Phase.HALF_OPEN and not self.state.probing
+
+    def tell(self, signal: Signal) -> None:
+        """Take in a signal."""
+        before, self.state = self.state, step(self.policy, self.state, signal, self._clock.monotonic())
+        phase = self.state.phase
+        if phase is before.phase:
+            return
+        level = logging.WARNING if phase is Phase.OPEN else logging.INFO
+        logger.log(
+            level,
+            "the breaker of %s is %s now (%d of %d tries had failed)",
+            self.policy.name,
+            phase.value,
+            before.failures,
+            before.tries,
+            extra={"action": "breaker.changed", "breaker": self.policy.name, "phase": phase.value},
+        )
+        for changed in self._listeners:
+            changed()
+
+    def succeeded(self) -> None:
+        """A call was answered, in whatever way."""
+        self.tell(Signal.SUCCEEDED)
+
+    def failed(self, error: BaseException) -> bool:
+        """A call has failed. Return whether the failure says anything new: not while the breaker is open."""
+        if not isinstance(error, self.policy.on):
+            self.tell(Signal.SUCCEEDED)
+            return True
+        news = self.is_closed
+        self.tell(Signal.FAILED)
+        return news
