@@ -18,7 +18,7 @@ from events.bus import Address, Consumer, Deliver, Delivery, Exchange, Outgoing,
 from events.clock import Clock
 from events.codec import Limits, bundle_body
 from events.database import transaction
-from events.embedded_queue import PAGE, EmbeddedConsumer, EmbeddedDelivery, EmbeddedQueue, EmbeddedRow
+from events.embedded_queue import LARGEST_PREFETCH, PAGE, EmbeddedConsumer, EmbeddedDelivery, EmbeddedQueue, EmbeddedRow
 from events.errors import BusClosedError, ConfigurationError, PublishError, UnroutableError
 from events.outbox import AfterCommit, Outbound
 from events.service import Supervisor
@@ -48,6 +48,7 @@ _SCHEMA = (
 _INSERT = "INSERT INTO embedded_message (id, queue, exchange, routing_key, body) VALUES (?, ?, ?, ?, ?)"
 _DELETE = "DELETE FROM embedded_message WHERE id = ?"
 _READ = "SELECT id, body FROM embedded_message WHERE queue = ? AND id > ? ORDER BY id LIMIT ?"
+_RESTORED = "SELECT coalesce(max(id), 0) FROM (SELECT id FROM embedded_message WHERE queue = ? ORDER BY id LIMIT ?)"
 _COPY = """
     INSERT INTO embedded_message (id, queue, exchange, routing_key, body)
     SELECT ?, ?, exchange, routing_key, body FROM embedded_message WHERE id = ?
@@ -76,7 +77,6 @@ class EmbeddedBus:
         self._supervisor = Supervisor(clock)
         self._is_open = False
         self._last_id = 0
-        self._restored_id = 0
         self._queues: dict[str, EmbeddedQueue] = {}
         self._bindings: dict[Address, list[EmbeddedQueue]] = {}
         self._patterns: list[tuple[re.Pattern[str], EmbeddedQueue]] = []
@@ -89,20 +89,30 @@ class EmbeddedBus:
     # Bus
 
     async def open(self) -> None:
-        """Make the tables exist and pick up what they hold. All of it is delivered as `redelivered`."""
+        """Make the tables exist and pick up what they hold.
+
+        What a consumer may have had is delivered as `redelivered`: the oldest messages of each queue, since they are
+        handed out in order, and a consumer holds no more than its prefetch.
+        """
         if self._is_open:
             return
         async with transaction(self._engine) as connection:
             for statement in _SCHEMA:
                 await connection.exec_driver_sql(statement)
-            self._last_id = self._restored_id = (
+            self._last_id = (
                 await connection.exec_driver_sql("SELECT coalesce(max(id), 0) FROM embedded_message")
             ).scalar_one()
             names = (await connection.exec_driver_sql("SELECT name FROM embedded_queue")).scalars().all()
             bindings = (
                 await connection.exec_driver_sql("SELECT queue, exchange, routing_key FROM embedded_binding")
             ).all()
-        self._queues = {name: EmbeddedQueue(name, written=self._last_id) for name in {UNROUTABLE, DEAD_LETTERS, *names}}
+            restored = {
+                name: (await connection.exec_driver_sql(_RESTORED, (name, LARGEST_PREFETCH))).scalar_one()
+                for name in {UNROUTABLE, DEAD_LETTERS, *names}
+            }
+        self._queues = {
+            name: EmbeddedQueue(name, written=self._last_id, restored=last) for name, last in restored.items()
+        }
         for row in bindings:
             self._bind(self._queues[row.queue], Address(Exchange(row.exchange), row.routing_key))
         self._is_open = True
@@ -326,7 +336,7 @@ class EmbeddedBus:
             for queue in hungry:
                 found = (await connection.exec_driver_sql(_READ, (queue.name, queue.cursor, PAGE))).all()
                 queue.waiting.extend(
-                    EmbeddedRow(row.id, row.body, redelivered=row.id <= self._restored_id) for row in found
+                    EmbeddedRow(row.id, row.body, redelivered=row.id <= queue.restored) for row in found
                 )
                 # The only connection is ours for the moment, so no row up to `written` can appear any more.
                 queue.unread = len(found) == PAGE

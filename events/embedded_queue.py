@@ -11,6 +11,7 @@ from events.bus import Deliver
 from events.codec import BATCH_TYPE
 
 DELIVERY_LIMIT = 20  # the same as on RabbitMQ
+LARGEST_PREFETCH = 64  # of one consumer
 PAGE = 256  # messages of one queue that memory holds at most, beside those delivered
 
 _log = logging.getLogger(__name__)
@@ -49,15 +50,17 @@ class EmbeddedQueue:
 
     Each committed row with an id up to `cursor` is in memory or settled; `written` is the newest id that a
     transaction, committed or not, has given to this queue. `unread` says that of the rows between the two some will
-    not be handed over in memory but must be read from the table.
+    not be handed over in memory but must be read from the table. Rows up to `restored` may have been delivered before
+    the bus was opened.
     """
 
-    __slots__ = ("consumers", "cursor", "name", "unread", "waiting", "written")
+    __slots__ = ("consumers", "cursor", "name", "restored", "unread", "waiting", "written")
 
-    def __init__(self, name: str, *, written: int = 0) -> None:
+    def __init__(self, name: str, *, written: int = 0, restored: int = 0) -> None:
         self.name = name
         self.cursor = 0
         self.written = written
+        self.restored = restored
         self.unread = written > 0
         self.waiting: deque[EmbeddedRow] = deque()
         self.consumers: deque[EmbeddedConsumer] = deque()
@@ -147,7 +150,7 @@ class EmbeddedConsumer:
     def __init__(self, keeper: Keeper, queue: EmbeddedQueue, deliver: Deliver, *, prefetch: int) -> None:
         self.keeper = keeper
         self.queue = queue
-        self.room = prefetch
+        self.room = min(prefetch, LARGEST_PREFETCH)
         self._epoch = keeper.epoch
         self._deliver = deliver
 

@@ -17,7 +17,7 @@ from events.clock import Clock, SystemClock
 from events.codec import Limits, Readable, read_body
 from events.database import open_database, transaction
 from events.embedded import UNROUTABLE, EmbeddedBus
-from events.embedded_queue import PAGE
+from events.embedded_queue import LARGEST_PREFETCH, PAGE
 from events.envelope import Envelope
 from events.errors import BusClosedError, PublishError, TooLargeError
 from events.outbox import Outbound
@@ -455,3 +455,25 @@ async def test_closing_waits_for_nobody_who_acknowledges(bus: EmbeddedBus) -> No
         async with asyncio.timeout(10):
             await acknowledging
             await closing
+
+
+async def test_after_a_restart_only_what_may_have_been_delivered_is_marked_as_redelivered(sqlite_url: str) -> None:
+    """A backlog that nobody had seen is not treated as if it had killed the process."""
+    async with opened(sqlite_url) as bus:
+        await bus.declare([PAYMENTS])
+        await write(bus, *(outbound(str(number)) for number in range(200)))
+        received = Received()
+        await bus.consume("payments", received, prefetch=16)
+        await received.ids(50)
+    async with opened(sqlite_url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        await bus.consume("payments", received, prefetch=16)
+        marks = []
+        for _ in range(150):
+            delivery = await received.next()
+            marks.append(delivery.redelivered)
+            await delivery.ack()
+    assert all(marks[:16]), "what was delivered and not acknowledged comes first"
+    assert marks == sorted(marks, reverse=True)
+    assert sum(marks) == LARGEST_PREFETCH
