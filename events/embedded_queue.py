@@ -11,7 +11,7 @@ from events.bus import Deliver
 from events.codec import BATCH_TYPE
 
 DELIVERY_LIMIT = 20  # the same as on RabbitMQ
-LARGEST_PREFETCH = 64  # of one consumer
+LARGEST_PREFETCH = 256  # of one consumer
 PAGE = 256  # messages of one queue that memory holds at most, beside those delivered
 
 _log = logging.getLogger(__name__)

@@ -461,7 +461,7 @@ async def test_after_a_restart_only_what_may_have_been_delivered_is_marked_as_re
     """A backlog that nobody had seen is not treated as if it had killed the process."""
     async with opened(sqlite_url) as bus:
         await bus.declare([PAYMENTS])
-        await write(bus, *(outbound(str(number)) for number in range(200)))
+        await write(bus, *(outbound(str(number)) for number in range(400)))
         received = Received()
         await bus.consume("payments", received, prefetch=16)
         await received.ids(50)
@@ -470,7 +470,7 @@ async def test_after_a_restart_only_what_may_have_been_delivered_is_marked_as_re
         received = Received()
         await bus.consume("payments", received, prefetch=16)
         marks = []
-        for _ in range(150):
+        for _ in range(350):
             delivery = await received.next()
             marks.append(delivery.redelivered)
             await delivery.ack()
