@@ -16,14 +16,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator import process, views
 from coordinator.charts import mermaid
+from coordinator.handler_commands import handlers
+from coordinator.health import serving_health
 from coordinator.instance import Instance, Status
 from coordinator.loading import load_app
-from coordinator.node import Node, open_bus, open_schema
+from coordinator.node import Node, open_bus, open_reading, open_schema
 from coordinator.publishing import publish_lines
 from coordinator.settings import load_settings
 from coordinator.store import Store
 from events.clock import SystemClock
-from events.database import open_database, sqlite_file
 from events.errors import ConfigurationError, CoordinatorError
 
 cli = typer.Typer(
@@ -35,6 +36,7 @@ cli = typer.Typer(
 sagas = typer.Typer(help="Look at sagas.", no_args_is_help=True)
 database = typer.Typer(help="The database schema.", no_args_is_help=True)
 cli.add_typer(sagas, name="sagas")
+cli.add_typer(handlers, name="handlers")
 cli.add_typer(database, name="db")
 
 AppReference = Annotated[str, typer.Argument(metavar="APP", help="the application as module:attribute")]
@@ -86,7 +88,8 @@ def run(
 
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(process.exits_when_stalled(settings.max_stall, SystemClock()))
-            await process.enter_when_up(stack, node, patience=settings.wait, clock=SystemClock())
+            running = await process.enter_when_up(stack, node, patience=settings.wait, clock=SystemClock())
+            await stack.enter_async_context(serving_health(running, settings.health))
             out.print(f"{loaded.name} is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()
 
@@ -248,17 +251,10 @@ async def _find(store: Store, reference: str) -> list[Instance]:
 
 def _with_store(work: Callable[[Store], Coroutine[Any, Any, None]]) -> None:
     """Let `work` look at the store; an SQLite file may be in use by another process meanwhile."""
-    url = load_settings().database_url.get_secret_value()
-    if (file := sqlite_file(url)) and not Path(file).exists():
-        raise ConfigurationError(
-            f"there is no database file {file} yet; start the application, or set COORDINATOR_DATABASE_URL"
-        )
+    settings = load_settings()
 
     async def looking() -> None:
-        engine = open_database(url, read_only=True)
-        try:
+        async with open_reading(settings) as engine:
             await work(Store(engine, SystemClock()))
-        finally:
-            await engine.dispose()
 
     process.run(looking())

@@ -66,6 +66,11 @@ class Engine:
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
 
+    @property
+    def failing(self) -> frozenset[str]:
+        """The names of its background tasks that have failed and wait to be started again."""
+        return self._supervisor.failing
+
     async def start(self) -> None:
         """Start to consume; the queues must have been declared."""
         await self._store.clock.calibrate()
@@ -85,6 +90,7 @@ class Engine:
 
     async def _run(self) -> None:
         while True:
+            await self._bus.until_writable()  # what they cause would only pile up in the outbox
             items = await self._intake.take(_BATCH)
             try:
                 await self._process(items)

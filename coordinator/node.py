@@ -1,9 +1,11 @@
 """One running process: the bus, the database, and what an application runs on them."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from dishka import AsyncContainer, make_async_container
 from sqlalchemy import MetaData
@@ -16,7 +18,7 @@ from coordinator.settings import Settings
 from coordinator.store import Store
 from events.bus import Bus
 from events.clock import Clock, SystemClock
-from events.database import open_database, sqlite_file
+from events.database import open_database, ping, sqlite_file
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
 from events.ids import Ids, Random, TimeOrderedIds, system_random
@@ -30,6 +32,8 @@ from handlers.fence import Fence
 from handlers.group import HandlerGroup
 from handlers.retries import Retries
 from handlers.tools import Tools
+
+_PING_TIMEOUT = 2.0
 
 
 class Node:
@@ -67,6 +71,8 @@ class Node:
         if handlers is not True and handlers and (strange := handlers - {h.name for h in app.handlers}):
             raise ConfigurationError(f"{app.name} has no handler called {', '.join(sorted(strange))}")
         self._stack = AsyncExitStack()
+        self._watched: list[Callable[[], frozenset[str]]] = []
+        self._group: HandlerGroup | None = None
         self.engine: AsyncEngine
         self.bus: Bus
         self.store: Store
@@ -100,15 +106,34 @@ class Node:
         )
         outbox: Outbox = self.bus if isinstance(self.bus, EmbeddedBus) else self.relay
         engine = self._make_engine(outbox)
-        group = self._make_group(outbox)
+        group = self._group = self._make_group(outbox)
+        self._watched.append(lambda: self.relay.failing)
         queues = [handler.queue for handler in self._handlers] + (engine.queues if engine else [])
         await self.bus.declare(queues)
         if group is not None:
             self._stack.push_async_callback(group.stop, self._settings.grace)
+            self._watched.append(lambda: group.failing)
             await group.start()
         if engine is not None:
             self._stack.push_async_callback(engine.stop)
+            self._watched.append(lambda: engine.failing)
             await engine.start()
+
+    async def problems(self) -> list[str]:
+        """Return what keeps this process from its work, in sentences for people; nothing if it is ready."""
+        found = [f"{name} has failed and is started again" for look in self._watched for name in sorted(look())]
+        if self.bus.problem:
+            found.append(self.bus.problem)
+        try:
+            async with asyncio.timeout(_PING_TIMEOUT):
+                await ping(self.engine)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the database is of no use at the moment
+            found.append(f"the database does not answer: {type(error).__name__}")
+        return found
+
+    def handler_states(self) -> dict[str, Any]:
+        """Return how each handler of this process is."""
+        return self._group.states() if self._group else {}
 
     def _make_engine(self, outbox: Outbox) -> Engine | None:
         if not self._with_coordinator:
@@ -174,6 +199,29 @@ async def open_schema(settings: Settings, tables: Sequence[MetaData] = ()) -> As
         await engine.dispose()
         if lock:
             lock.release()
+
+
+@asynccontextmanager
+async def open_reading(settings: Settings) -> AsyncIterator[AsyncEngine]:
+    """Open the database to look at it; an SQLite file may be in use by another process meanwhile.
+
+    Raises:
+        ConfigurationError: there is no such file.
+    """
+    url = settings.database_url.get_secret_value()
+    _refuse_missing(sqlite_file(url))
+    engine = open_database(url, read_only=True)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+def _refuse_missing(file: str | None) -> None:
+    if file and not Path(file).exists():
+        raise ConfigurationError(
+            f"there is no database file {file} yet; start the application, or set COORDINATOR_DATABASE_URL"
+        )
 
 
 @asynccontextmanager

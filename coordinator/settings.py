@@ -37,6 +37,11 @@ class Settings(BaseSettings):
         description="seconds that the event loop may stand still before the process exits; 0 for ever",
     )
     pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
+    health: str = Field(
+        default="",
+        pattern=r"^([^\s:]*|\[[0-9a-fA-F:]+\]):\d{1,5}$|^$",
+        description="host:port where `/live` and `/ready` are answered over HTTP; empty for nowhere",
+    )
     log_level: str = Field(default="INFO", pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", description="what is logged")
     log_format: str = Field(default="text", pattern=r"^(text|json)$", description="`json` for one object a line")
 

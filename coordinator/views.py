@@ -27,7 +27,7 @@ def print_list(
 ) -> None:
     """Print instances and how many there are of each kind."""
     if as_json:
-        _print_json(console, {"sagas": [_document(each) for each in found], "counts": _counts(counts)})
+        print_json(console, {"sagas": [_document(each) for each in found], "counts": _counts(counts)})
         return
     id_column, status_column = Column("id", no_wrap=True, min_width=36), Column("status", no_wrap=True)
     table = Table(id_column, "saga", Column("key", overflow="fold"), status_column, "reason")
@@ -58,7 +58,7 @@ def print_instance(console: Console, instance: Instance, history: Sequence[Row[A
     """Print where an instance stands, its steps and its history."""
     if as_json:
         rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
-        _print_json(console, {**_document(instance), "history": rows})
+        print_json(console, {**_document(instance), "history": rows})
         return
     head = Table.grid(padding=(0, 2))
     head.add_row("saga", f"{instance.saga} version {instance.version}")
@@ -95,7 +95,7 @@ async def print_revision(console: Console, engine: AsyncEngine, *, as_json: bool
     """Print the revision of the schema and the one that is needed."""
     current, needed = await schema.current(engine), schema.head()
     if as_json:
-        _print_json(console, {"current": current, "needed": needed})
+        print_json(console, {"current": current, "needed": needed})
     else:
         console.print(f"schema {current or 'nothing'}, needed {needed}", highlight=False)
 
@@ -130,5 +130,5 @@ def _counts(counts: Mapping[tuple[str, Status], int]) -> list[dict[str, Any]]:
     ]
 
 
-def _print_json(console: Console, document: Any) -> None:
+def print_json(console: Console, document: Any) -> None:
     console.file.write(json.dumps(document, ensure_ascii=True) + "\n")

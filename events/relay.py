@@ -170,6 +170,11 @@ class Relay:
         self._supervisor = Supervisor(clock)
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def failing(self) -> frozenset[str]:
+        """The names of its background tasks that have failed and wait to be started again."""
+        return self._supervisor.failing
+
     async def start(self) -> None:
         """Start publishing, and listen for sessions of this process that commit a `ServiceOutbox` message."""
         await self._store_clock.calibrate()

@@ -65,14 +65,9 @@ class HandlerGroup:
         return self.circuits.setdefault(breaker.name, Circuit(breaker, self._tools.clock))
 
     @property
-    def problems(self) -> list[str]:
-        """What keeps the handlers from working, in sentences for people; empty if all is well."""
-        found = [f"{name} has failed and is started again" for name in sorted(self._supervisor.failing)]
-        for runner in self.runners.values():
-            found += [f"{name} has failed and is started again" for name in sorted(runner.failing)]
-        if not self._store_answers:
-            found.append("the database does not answer")
-        return found
+    def failing(self) -> frozenset[str]:
+        """The names of background tasks that have failed and wait to be started again."""
+        return self._supervisor.failing.union(*(runner.failing for runner in self.runners.values()))
 
     async def start(self) -> None:
         """Start to consume; the queues must have been declared."""
@@ -184,7 +179,7 @@ class HandlerGroup:
 
     async def _follow(self) -> None:
         now = self._retries.clock.now()
-        settings, processes = await self._operations.follow(self._presence, self._states(), now)
+        settings, processes = await self._operations.follow(self._presence, self.states(), now)
         for name, runner in self.runners.items():
             handler = effective(runner.handler, settings.get(name))
             runner.flow.paused = handler.paused
@@ -193,7 +188,8 @@ class HandlerGroup:
             runner.execution.retry = handler.retry
         self._store_answers = True
 
-    def _states(self) -> dict[str, Any]:
+    def states(self) -> dict[str, Any]:
+        """Return how each handler is: what runs, whether it is paused, the phase of its breaker."""
         return {name: self._state(runner) for name, runner in self.runners.items()}
 
     def _state(self, runner: HandlerRunner) -> dict[str, Any]:
