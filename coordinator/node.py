@@ -30,6 +30,7 @@ from events.relay import Relay
 from events.sqlite import FileLock
 from handlers.fence import Fence
 from handlers.group import HandlerGroup
+from handlers.keys import KeyLocks
 from handlers.retries import Retries
 from handlers.tools import Tools
 
@@ -170,6 +171,7 @@ class Node:
                 frozenset(h.message.message_type for h in self._app.handlers if issubclass(h.message, Command))
             ),
             retries=Retries(self.engine, clock=self._clock, ids=self._ids),
+            keys=KeyLocks(self.engine, clock=self._clock, random=self._random),
         )
         return HandlerGroup(self._handlers, registry=self._app.registry, source=self._app.source, tools=tools)
 

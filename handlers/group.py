@@ -86,6 +86,7 @@ class HandlerGroup:
     async def stop(self, grace: float) -> None:
         """Stop all handlers; see `HandlerRunner.stop`."""
         await asyncio.gather(*(runner.stop(grace) for runner in self.runners.values()), self._supervisor.stop())
+        await self._tools.keys.close()
         try:
             await self._operations.leave(self._presence)
         except Exception as error:  # noqa: BLE001  # it must not keep the process from ending: the row ages

@@ -35,7 +35,7 @@ from handlers.execution import Execution
 from handlers.fence import is_barred
 from handlers.flow import Flow
 from handlers.inbox import NOTHING, Inbox, Known, Recorded
-from handlers.limits import OneAtATime, Pace, Slots
+from handlers.limits import Pace, Slots
 from handlers.outcome import Outcome, Progress
 from handlers.recording import Recorder
 from handlers.retries import Parked, Waiting, row_of
@@ -95,7 +95,6 @@ class HandlerRunner:
         self.flow = Flow(handler.queue.name, self._intake, bus=tools.bus, retries=tools.retries, circuit=circuit)
         self.slots = Slots(handler.concurrency)
         self.pace = Pace(tools.clock)
-        self._in_turn = OneAtATime()
         self._probe: UUID | None = None  # the message that is to find out if the dependency is back
         self.parked: dict[UUID, Waiting] = {}  # rows taken to be tried here, by their ids
         self._running: dict[UUID, list[Item]] = {}  # keys in work, each with duplicates that wait for it
@@ -316,7 +315,7 @@ class HandlerRunner:
         """Hold what a message needs to run: its turn among those of its key, a slot, and no one who must be alone."""
         async with AsyncExitStack() as stack:
             if self.handler.key is not None and (key := self._key_of(envelope, self.handler.key)) is not None:
-                await stack.enter_async_context(self._in_turn.of(key))
+                await stack.enter_async_context(self._tools.keys.of(f"{self.handler.name}:{key}"))
             if not at_once:
                 if self.handler.key is not None:
                     await self.slots.acquire()

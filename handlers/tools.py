@@ -12,6 +12,7 @@ from events.codec import Limits
 from events.ids import Ids, Random
 from events.outbox import Outbox
 from handlers.fence import Fence
+from handlers.keys import KeyLocks
 from handlers.limits import Isolation
 from handlers.retries import Retries
 
@@ -31,6 +32,7 @@ class Tools:
         limits: the sizes that are checked before anything is parsed.
         fence: knows which compensations can be judged here.
         retries: where messages wait to be tried again.
+        keys: messages of one key, one at a time.
         isolation: many run side by side, or one quite alone.
         look_again: to be called when a waiting message may be due, or there is room for one.
     """
@@ -45,5 +47,6 @@ class Tools:
     limits: Limits
     fence: Fence
     retries: Retries
+    keys: KeyLocks
     isolation: Isolation = field(default_factory=Isolation)
     look_again: Callable[[], None] = _nobody

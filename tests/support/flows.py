@@ -31,6 +31,7 @@ from events.tables import dead_letter, metadata, outbox
 from handlers.definition import Handler
 from handlers.fence import Fence
 from handlers.group import HandlerGroup
+from handlers.keys import KeyLocks
 from handlers.retries import Retries
 from handlers.tables import inbox, retry
 from handlers.tools import Tools
@@ -339,6 +340,7 @@ class Stage:
             limits=limits or Limits(),
             fence=Fence(frozenset(self.commands)),
             retries=self.retries,
+            keys=KeyLocks(self.engine, clock=SystemClock(), random=Longest()),
         )
         registry = Registry(list(dict.fromkeys(handler.message for handler in handlers)))
         group = HandlerGroup(handlers, registry=registry, source="/tests", tools=tools)

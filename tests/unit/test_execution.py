@@ -20,6 +20,7 @@ from handlers import Context, Declined, Handler, Retry, handles
 from handlers.execution import Execution, HandlerCancelledError, HandlerPanickedError
 from handlers.fence import Fence
 from handlers.outcome import Outcome
+from handlers.keys import KeyLocks
 from handlers.retries import Retries
 from handlers.tools import Tools
 from tests.support.flows import (
@@ -76,6 +77,7 @@ def make_tools(clock: ManualClock, random: Drawn) -> Tools:
         limits=Limits(),
         fence=Fence(frozenset()),
         retries=Retries(engine, clock=clock, ids=ids),
+        keys=KeyLocks(engine, clock=clock, random=random),
     )
 
 
