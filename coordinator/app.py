@@ -10,6 +10,7 @@ from coordinator.definition import Saga
 from events.errors import DefinitionError
 from events.message import Command, Message
 from events.registry import Registry
+from handlers.breaker import Breaker
 from handlers.definition import Handler
 
 
@@ -44,6 +45,10 @@ class App:
         sagas = [(saga.definition.name, saga.definition.version) for saga in self.sagas]
         if doubled := {saga for saga in sagas if sagas.count(saga) > 1}:
             raise DefinitionError(f"app {self.name}: two sagas have the same name and version: {sorted(doubled)}")
+        breakers: dict[str, Breaker] = {}
+        for breaker in (handler.breaker for handler in self.handlers if handler.breaker is not None):
+            if breakers.setdefault(breaker.name, breaker) != breaker:
+                raise DefinitionError(f"app {self.name}: two breakers called {breaker.name} have different policies")
         self.registry  # noqa: B018  # refuses two classes with one type, now rather than later
 
     @property

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -25,12 +26,14 @@ from events.clock import Clock, SystemClock
 from events.codec import STRUCTURED_TYPE, Limits, Readable, read_body
 from events.database import reader, transaction
 from events.errors import ConfigurationError, RejectedError
+from handlers import Retry
 from handlers.catalog.tables import stock_item
 
 EVENTS = Path(__file__).parent / "events.jsonl"
 STOCK = {"lamp": 500, "chair": 500, "table": 500, "unicorn": 0}
 
 _LOOK_EVERY = 0.1
+_HASTY = Retry(attempts=5, first=0.5, factor=2, most=2)  # nobody wants to watch for minutes how a card is given up on
 Counts = Mapping[tuple[str, Status], int]
 Keys = set[tuple[str, str]]
 
@@ -61,6 +64,7 @@ async def run_demo(
     settings = Settings(broker_url=SecretStr(EMBEDDED), database_url=SecretStr(f"sqlite:///{database}"), migrate=True)
     async with running_services(directory / "journal.jsonl") as (third_parties, journal):
         app = make_app(third_parties)
+        app = replace(app, handlers=[replace(handler, retry=_HASTY) for handler in app.handlers])
         async with Node(app, settings) as node:
             await _fill_stock(node)
             expected = len(_sagas_of(file, app, settings.limits) | await _sagas_in(node))

@@ -6,10 +6,11 @@ from email.message import EmailMessage
 import aiosmtplib
 
 from events.catalog.users import SendRefusalEmail, SendWelcomeEmail
-from handlers.catalog.resources import ThirdParties, ThirdPartyError
+from handlers.catalog.resources import ThirdParties, ThirdPartyError, breaker_of
 from handlers.context import Context, Declined
 from handlers.definition import handles
 
+_BREAKER = breaker_of("the mail server")
 _PERMANENT = 500  # RFC 5321, section 4.2.1: 5yz is a permanent negative answer
 
 
@@ -42,14 +43,14 @@ async def _send(parties: ThirdParties, key: str, recipient: str, subject: str, t
         raise ThirdPartyError(f"the mail server did not take the message: {type(error).__name__}") from error
 
 
-@handles(SendWelcomeEmail, timeout=15)
+@handles(SendWelcomeEmail, timeout=15, breaker=_BREAKER)
 async def send_welcome_email(command: SendWelcomeEmail, parties: ThirdParties, context: Context) -> None:
     """Welcome a new user; decline if the mailbox does not exist."""
     text = f"Hello {command.full_name},\n\nyour account is being prepared.\n"
     await _send(parties, context.idempotency_key, command.email, "Welcome", text)
 
 
-@handles(SendRefusalEmail, timeout=15)
+@handles(SendRefusalEmail, timeout=15, breaker=_BREAKER)
 async def send_refusal_email(command: SendRefusalEmail, parties: ThirdParties, context: Context) -> None:
     """Say that there is no account after all. A mailbox that does not exist was not welcomed either."""
     text = f"Hello {command.full_name},\n\nwe are sorry: your account could not be opened.\n"

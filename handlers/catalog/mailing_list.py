@@ -4,14 +4,15 @@ from http import HTTPStatus
 from urllib.parse import quote
 
 from events.catalog.users import SubscribeToMailingList, UnsubscribeFromMailingList
-from handlers.catalog.resources import Http, ThirdParties
+from handlers.catalog.resources import Http, ThirdParties, breaker_of
 from handlers.context import Context, Declined
 from handlers.definition import handles
 
 _SERVICE = "the mailing list"
+_BREAKER = breaker_of(_SERVICE)
 
 
-@handles(SubscribeToMailingList, timeout=15)
+@handles(SubscribeToMailingList, timeout=15, breaker=_BREAKER)
 async def subscribe_to_mailing_list(
     command: SubscribeToMailingList, http: Http, parties: ThirdParties, context: Context
 ) -> None:
@@ -24,7 +25,7 @@ async def subscribe_to_mailing_list(
         raise http.unexpected(_SERVICE, status)
 
 
-@handles(UnsubscribeFromMailingList, timeout=15)
+@handles(UnsubscribeFromMailingList, timeout=15, breaker=_BREAKER)
 async def unsubscribe_from_mailing_list(command: UnsubscribeFromMailingList, http: Http, parties: ThirdParties) -> None:
     """Unsubscribe; the address may not be on the list."""
     url = f"{parties.mailing_list_url}/members/{quote(command.email, safe='')}"

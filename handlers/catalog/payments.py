@@ -3,14 +3,15 @@
 from http import HTTPStatus
 
 from events.catalog.payments import ChargeCard, PaymentCaptured, PaymentFailed, PaymentRefunded, RefundCard
-from handlers.catalog.resources import Http, ThirdParties
+from handlers.catalog.resources import Http, ThirdParties, breaker_of
 from handlers.context import Declined
 from handlers.definition import handles
 
 _SERVICE = "the payment provider"
+_BREAKER = breaker_of(_SERVICE)
 
 
-@handles(ChargeCard, timeout=15)
+@handles(ChargeCard, timeout=15, breaker=_BREAKER)
 async def charge_card(command: ChargeCard, http: Http, parties: ThirdParties) -> PaymentCaptured:
     """Charge the card; decline if the bank says no."""
     body = {
@@ -28,7 +29,7 @@ async def charge_card(command: ChargeCard, http: Http, parties: ThirdParties) ->
     return PaymentCaptured(order_id=command.order_id, charge_id=str(answer["id"]), amount=command.amount)
 
 
-@handles(RefundCard, timeout=15)
+@handles(RefundCard, timeout=15, breaker=_BREAKER)
 async def refund_card(command: RefundCard, http: Http, parties: ThirdParties) -> PaymentRefunded | None:
     """Give the money back, if any was taken: the provider knows, even where we never heard of the charge."""
     body = {"order_id": str(command.order_id), "charge_key": f"charge:{command.order_id}"}

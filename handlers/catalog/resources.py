@@ -1,6 +1,7 @@
 """The third parties that the shipped handlers talk to, and where they are."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import httpx2
@@ -9,6 +10,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from events.errors import CoordinatorError
+from handlers.breaker import Breaker
 
 _TIMEOUT = httpx2.Timeout(5.0, pool=10.0)
 _HERE = "http://127.0.0.1:8080"
@@ -16,9 +18,23 @@ _LIMITS = httpx2.Limits(max_connections=50, max_keepalive_connections=20)
 
 
 class ThirdPartyError(CoordinatorError):
-    """A third party did not do what it was asked, and did not say no either; it is asked again."""
+    """A third party did not do what it was asked, and did not say no either; it is asked again.
+
+    Args:
+        text: who it was, and what it said.
+        retry_after: the seconds for which it wants to be left alone.
+    """
 
     code = "third_party"
+
+    def __init__(self, text: str, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+def breaker_of(service: str) -> Breaker:
+    """Return the breaker of a third party: only errors of its own open it."""
+    return Breaker(service, on=(ThirdPartyError, TimeoutError))
 
 
 class ThirdParties(BaseSettings):
@@ -37,7 +53,10 @@ class ThirdParties(BaseSettings):
 
 
 class Http:
-    """JSON over HTTP. An answer of 500 or more, or none at all, is an error; all others are the caller's to judge."""
+    """JSON over HTTP.
+
+    An answer of 500 or more, one of 429, or none at all, is an error; all others are the caller's to judge.
+    """
 
     def __init__(self, client: httpx2.AsyncClient) -> None:
         self._client = client
@@ -58,14 +77,20 @@ class Http:
             raise ThirdPartyError(f"the URL of {service} is none") from None  # its text shows what is in the URL
         except (httpx2.HTTPError, ValueError) as error:
             raise ThirdPartyError(f"{service} gave no answer: {type(error).__name__}") from error
-        if answer.status_code >= 500:  # noqa: PLR2004  # server errors, RFC 9110, section 15.6
-            raise ThirdPartyError(f"{service} answered {answer.status_code}")
+        if answer.status_code >= 500 or answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:  # noqa: PLR2004  # server errors, RFC 9110, section 15.6
+            raise ThirdPartyError(f"{service} answered {answer.status_code}", _seconds(answer.headers))
         return answer.status_code, document if isinstance(document, dict) else {}
 
     @staticmethod
     def unexpected(service: str, status: int) -> ThirdPartyError:
         """Return the error for an answer that the contract with `service` does not have."""
         return ThirdPartyError(f"{service} answered {status}, which is not in its contract")
+
+
+def _seconds(headers: Mapping[str, str]) -> float | None:
+    """Return what the header `Retry-After` says, in seconds; a date is left to our own backoff (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "")
+    return float(value) if value.isascii() and value.isdigit() else None
 
 
 class ThirdPartyProvider(Provider):

@@ -3,14 +3,15 @@
 from http import HTTPStatus
 
 from events.catalog.orders import CancelShipment, OrderShipped, ShipmentRefused, ShipOrder
-from handlers.catalog.resources import Http, ThirdParties
+from handlers.catalog.resources import Http, ThirdParties, breaker_of
 from handlers.context import Declined
 from handlers.definition import handles
 
 _SERVICE = "the carrier"
+_BREAKER = breaker_of(_SERVICE)
 
 
-@handles(ShipOrder, timeout=15)
+@handles(ShipOrder, timeout=15, breaker=_BREAKER)
 async def ship_order(command: ShipOrder, http: Http, parties: ThirdParties) -> OrderShipped:
     """Hand the goods over; decline if the carrier does not deliver there."""
     body = {"order_id": str(command.order_id), "address": command.address}
@@ -23,7 +24,7 @@ async def ship_order(command: ShipOrder, http: Http, parties: ThirdParties) -> O
     return OrderShipped(order_id=command.order_id, shipment_id=str(answer["id"]))
 
 
-@handles(CancelShipment, timeout=15)
+@handles(CancelShipment, timeout=15, breaker=_BREAKER)
 async def cancel_shipment(command: CancelShipment, http: Http, parties: ThirdParties) -> None:
     """Stop the shipment; there may be none."""
     url = f"{parties.shipping_url}/shipments/{command.order_id}"
