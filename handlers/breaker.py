@@ -21,9 +21,9 @@ class Breaker:
 
     Attributes:
         name: the dependency.
-        share: it opens when this share of the tries in a window has failed,
-        minimum: and there were at least so many.
-        window: the length of a window.
+        share: it opens when this share of the last tries has failed,
+        minimum: and there were at least so many,
+        window: of which the last so many count.
         open_for: how long it is open at first; twice as long after each single try that fails,
         most: but no longer than this.
         on: the errors that speak of the dependency; after any other error it has answered.
@@ -32,15 +32,17 @@ class Breaker:
     name: str
     share: float = 0.5
     minimum: int = 10
-    window: float = 30.0
+    window: int = 20
     open_for: float = 5.0
     most: float = 60.0
     on: tuple[type[Exception], ...] = (Exception,)
 
     def __post_init__(self) -> None:
-        if not self.name or not 0 < self.share <= 1 or self.minimum < 1:
-            raise DefinitionError(f"{self}: it needs a name, a share above 0 and up to 1, and a minimum from 1 on")
-        if self.window <= 0 or not 0 < self.open_for <= self.most:
+        if not self.name or not 0 < self.share <= 1:
+            raise DefinitionError(f"{self}: it needs a name, and a share above 0 and up to 1")
+        if not 1 <= self.minimum <= self.window:
+            raise DefinitionError(f"{self}: the minimum counts from 1, and is not above the window")
+        if not 0 < self.open_for <= self.most:
             raise DefinitionError(f"{self}: times are positive, and open_for is not above most")
 
 
@@ -64,14 +66,28 @@ class Signal(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A breaker at a moment. `until` is the end of the window, or of being open, on a monotonic clock."""
+    """A breaker at a moment.
+
+    Attributes:
+        phase: how far calls go through.
+        tries: how many of the last ones are known, up to the policy's window.
+        failed: which of these have failed: a bit each, the last one lowest.
+        until: the end of being open, on a monotonic clock.
+        failed_probes: single tries that have failed in a row.
+        probing: whether a single try is under way.
+    """
 
     phase: Phase = Phase.CLOSED
-    until: float = 0.0
     tries: int = 0
-    failures: int = 0
+    failed: int = 0
+    until: float = 0.0
     failed_probes: int = 0
     probing: bool = False
+
+    @property
+    def failures(self) -> int:
+        """How many of the last tries have failed."""
+        return self.failed.bit_count()
 
 
 def step(policy: Breaker, state: State, signal: Signal, now: float) -> State:
@@ -88,11 +104,12 @@ def step(policy: Breaker, state: State, signal: Signal, now: float) -> State:
 def _closed(policy: Breaker, state: State, signal: Signal, now: float) -> State:
     if signal not in (Signal.SUCCEEDED, Signal.FAILED):
         return state
-    if now >= state.until:
-        state = State(until=now + policy.window)
-    state = replace(state, tries=state.tries + 1, failures=state.failures + (signal is Signal.FAILED))
+    if signal is Signal.SUCCEEDED and not state.failed and state.tries == policy.window:
+        return state
+    failed = (state.failed << 1 | (signal is Signal.FAILED)) & ((1 << policy.window) - 1)
+    state = replace(state, tries=min(state.tries + 1, policy.window), failed=failed)
     if signal is Signal.FAILED and state.tries >= policy.minimum and state.failures >= policy.share * state.tries:
-        return State(Phase.OPEN, now + policy.open_for, state.tries, state.failures)
+        return replace(state, phase=Phase.OPEN, until=now + policy.open_for)
     return state
 
 
@@ -103,7 +120,7 @@ def _half_open(policy: Breaker, state: State, signal: Signal, now: float) -> Sta
         case Signal.ABANDONED:
             return replace(state, probing=False)
         case Signal.SUCCEEDED:
-            return State(until=now + policy.window)
+            return State()
         case Signal.FAILED:
             failed = state.failed_probes + 1
             pause = min(policy.most, policy.open_for * 2.0 ** min(failed, 32))
