@@ -19,11 +19,12 @@ def run(page: Path) -> None:
     exec(compile(code, str(page), "exec", dont_inherit=True), {"__name__": page.stem})
 
 
-def test_the_tutorial_prints_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["first-saga.md", "handlers.md"])
+def test_a_page_prints_what_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "first-saga.md"
+    page = ROOT / "docs" / name
     run(page)
     [expected] = blocks(page, "text")
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == expected.splitlines()
