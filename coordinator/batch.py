@@ -35,11 +35,12 @@ from events.intake import Item
 from events.message import Event, Failed, Message, Refused
 from events.outbox import Outbound, route
 from events.registry import Registry
+from handlers.retries import row_of
 
 logger = logging.getLogger(__name__)
 
 REPLY_ADDRESS = "coordinator"
-_CONSUMER = "coordinator"
+CONSUMER = "coordinator"
 
 Note = Callable[[], None]
 
@@ -169,7 +170,9 @@ class Batch:
         """Keep a message that cannot be taken, with the reason."""
         reason = error.code if isinstance(error, CoordinatorError) else "failed"
         detail = str(error) if isinstance(error, CoordinatorError) else repr(error)
-        self.letters.append(DeadLetter(item, _CONSUMER, reason, detail))
+        row = row_of(item)
+        reopens = row.dead_letter_id if row else None
+        self.letters.append(DeadLetter(item, CONSUMER, reason, detail, reopens=reopens))
         self._notes.append(lambda: _warn(reason, error))
 
     def drop(self, duplicates: Iterable[UUID]) -> None:

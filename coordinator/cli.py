@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator import process, views
 from coordinator.charts import mermaid
+from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
 from coordinator.health import serving_health
 from coordinator.instance import Instance, Status
@@ -37,6 +38,7 @@ sagas = typer.Typer(help="Look at sagas.", no_args_is_help=True)
 database = typer.Typer(help="The database schema.", no_args_is_help=True)
 cli.add_typer(sagas, name="sagas")
 cli.add_typer(handlers, name="handlers")
+cli.add_typer(dead_letters, name="dead-letters")
 cli.add_typer(database, name="db")
 
 AppReference = Annotated[str, typer.Argument(metavar="APP", help="the application as module:attribute")]

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator.batch import REPLY_ADDRESS, Batch, Ports, Sagas
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance
+from coordinator.replays import Replays
 from coordinator.store import Store
 from events.bulk import together
 from events.bus import Address, Bus, Consumer, Exchange, Queue
@@ -31,6 +32,7 @@ _EVENT_QUEUE = "coordinator.events"
 _BATCH = 256
 _PREFETCH = 32
 _TIMER_BATCH = 200
+_REPLAYS_EVERY = 1.0
 _DATABASE_PAUSE = 0.5
 
 
@@ -63,6 +65,7 @@ class Engine:
         self._ids = ids
         self._timer_every = timer_every
         self._intake = Intake(limits)
+        self._replays = Replays(engine, self._intake, clock=clock, ids=ids)
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
 
@@ -76,6 +79,7 @@ class Engine:
         await self._store.clock.calibrate()
         self._supervisor.start("coordinator.engine", self._run)
         self._supervisor.start("coordinator.timers", self._run_timers)
+        self._supervisor.start("coordinator.replays", self._run_replays)
         for queue in self.queues:
             self._consumers.append(await self._bus.consume(queue.name, self._intake.deliver, prefetch=_PREFETCH))
 
@@ -87,6 +91,16 @@ class Engine:
         await self._supervisor.stop()
 
     # Messages
+
+    async def _run_replays(self) -> None:
+        while True:
+            try:
+                await self._replays.take()
+            except Exception as error:
+                if is_cancelled() or not is_transient(error):
+                    raise
+                logger.warning("replays wait for the database: %s", error, extra={"action": "engine.database_away"})
+            await self._clock.sleep(_REPLAYS_EVERY)
 
     async def _run(self) -> None:
         while True:

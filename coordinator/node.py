@@ -28,6 +28,7 @@ from events.publisher import Publisher
 from events.rabbitmq import RabbitMQBus
 from events.relay import Relay
 from events.sqlite import FileLock
+from handlers.broker_letters import BrokerLetters
 from handlers.fence import Fence
 from handlers.group import HandlerGroup
 from handlers.keys import KeyLocks
@@ -115,6 +116,16 @@ class Node:
             self._stack.push_async_callback(group.stop, self._settings.grace)
             self._watched.append(lambda: group.failing)
             await group.start()
+        letters = BrokerLetters(
+            self.engine,
+            bus=self.bus,
+            outbox=outbox,
+            clock=self._clock,
+            ids=self._ids,
+            limits=self._settings.limits,
+        )
+        self._stack.push_async_callback(letters.stop)
+        await letters.start()
         if engine is not None:
             self._stack.push_async_callback(engine.stop)
             self._watched.append(lambda: engine.failing)

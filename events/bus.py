@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from events.errors import PublishError
 
+DEAD_LETTERS = "dead-letters"  # the queue of messages that the bus itself has given up on
+
 
 class Exchange(StrEnum):
     """Where a message is published to."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -36,6 +37,21 @@ _insert = Bulk(
     "fingerprint",
     "status",
 )
+_reopen = Bulk(
+    dead_letter,
+    "id",
+    "reason",
+    "detail",
+    "attempts",
+    "dead_at",
+    "error_type",
+    "fingerprint",
+    "status",
+    "settled_at",
+    "settled_by",
+    "settled_why",
+)
+BUS = "bus"  # stands as the consumer of what no queue took
 DEAD = "dead"  # the status of a letter that nobody has settled
 _frame = re.compile(r'^\s*File "([^"]*)", line \d+, in (\S+)', re.MULTILINE)
 _particular = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|0x[0-9a-f]+|\d+|'[^']*'|\"[^\"]*\"", re.IGNORECASE)
@@ -53,6 +69,7 @@ class DeadLetter:
         attempts: how often it was tried.
         error_type: the class of the error, if one was raised.
         first_at: when it was tried first.
+        reopens: the letter that was replayed in vain: it is dead again, and keeps its place.
     """
 
     item: Item
@@ -62,6 +79,7 @@ class DeadLetter:
     attempts: int = 1
     error_type: str | None = None
     first_at: datetime | None = None
+    reopens: UUID | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -74,9 +92,29 @@ class DeadLetter:
 
 
 async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, ids: Ids, now: datetime) -> None:
-    """Store `letters` in the open transaction; the bytes stay as they came."""
+    """Store `letters` in the open transaction; the bytes stay as they came. May stand in a block of `together`."""
+    again = [
+        (
+            letter.reopens,
+            letter.reason,
+            storable(letter.detail)[:_MAX_DETAIL],
+            letter.attempts,
+            now,
+            letter.error_type,
+            letter.fingerprint,
+            DEAD,
+            None,
+            None,
+            None,
+        )
+        for letter in letters
+        if letter.reopens is not None
+    ]
+    await _reopen.update(connection, again, key="id")
     rows = []
     for letter in letters:
+        if letter.reopens is not None:
+            continue
         part, delivery = letter.item.part, letter.item.delivery
         envelope = part.envelope if isinstance(part, Readable) else None
         rows.append(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from events.bus import Address, Consumer, Deliver, Delivery, Exchange, Outgoing, Queue
+from events.bus import DEAD_LETTERS, Address, Consumer, Deliver, Delivery, Exchange, Outgoing, Queue
 from events.clock import Clock
 from events.codec import Limits, bundle_body
 from events.database import transaction
@@ -25,7 +25,6 @@ from events.service import Supervisor
 from events.sqlite import execute_many
 
 UNROUTABLE = "unroutable"
-DEAD_LETTERS = "dead-letters"
 
 _log = logging.getLogger(__name__)
 _SWEEP_PAUSE = 1.0

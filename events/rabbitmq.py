@@ -28,13 +28,13 @@ from opentelemetry.trace import SpanKind
 from yarl import URL
 
 from events import tracing
-from events.bus import Consumer, Deliver, Exchange, Outgoing, Queue
+from events.bus import DEAD_LETTERS, Consumer, Deliver, Exchange, Outgoing, Queue
 from events.clock import Clock
 from events.codec import BATCH_TYPE
 from events.errors import BusClosedError, ConfigurationError, CoordinatorError, PublishError, UnroutableError
 from events.ids import Ids
 from events.rabbitmq_consumer import RabbitMQConsumer
-from events.rabbitmq_topology import DEAD_LETTERS, Topology, close_quietly, library_errors
+from events.rabbitmq_topology import Topology, close_quietly, library_errors
 from events.rabbitmq_wire import tolerate_undecodable_properties
 from events.service import Supervisor, is_cancelled
 

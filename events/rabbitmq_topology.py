@@ -11,11 +11,9 @@ from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustChanne
 from aio_pika.exceptions import AMQPError, ChannelPreconditionFailed
 from pamqp.exceptions import PAMQPException
 
-from events.bus import Exchange, Queue
+from events.bus import DEAD_LETTERS, Exchange, Queue
 from events.errors import BusClosedError, ConfigurationError
 from events.service import is_cancelled
-
-DEAD_LETTERS = "dead-letters"
 
 _log = logging.getLogger(__name__)
 _UNLIMITED = 2**31 - 1  # by default RabbitMQ 4 drops what came back 20 times to a queue without dead letter exchange

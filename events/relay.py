@@ -22,13 +22,15 @@ from events.bus import Address, Bus, Delivery, Exchange, Outgoing
 from events.clock import Clock
 from events.codec import Limits, bundle_body
 from events.database import is_transient, single_statements, transaction
-from events.errors import PublishError
+from events.dead_letters import DeadLetter, bury
+from events.errors import PublishError, UnroutableError
 from events.failpoints import failpoint
 from events.ids import Ids, Random
 from events.outbox import ADDED, AfterCommit, Outbound
 from events.service import Supervisor, is_cancelled
 from events.storeclock import StoreClock
 from events.tables import Timestamp, outbox
+from events.unroutable import age_of, unroutable_letter
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ class RelayOptions:
         sweep_limit: rows taken at a time.
         backoff_first: seconds before the second try of a row; doubles up to `backoff_most`, with jitter.
         share: a bundle takes at most one part in `share` of what waits for its address.
+        unroutable_for: seconds after which a message that no queue takes becomes a dead letter.
         delete_every: seconds for which confirmed rows are collected before they are deleted together.
     """
 
@@ -136,6 +139,7 @@ class RelayOptions:
     backoff_first: float = 0.5
     backoff_most: float = 30.0
     share: int = 2
+    unroutable_for: float = 3600.0
     delete_every: float = 0.1
 
 
@@ -273,7 +277,12 @@ class Relay:
         """Leave rows that were not confirmed in the table for a later try."""
         now = self._store_clock.now()
         rows = []
+        letters: list[tuple[Entry, DeadLetter]] = []
+        patience = timedelta(seconds=self._options.unroutable_for)
         for entry, error in failed:
+            if isinstance(error, UnroutableError) and age_of(entry.id, now) > patience:
+                letters.append((entry, unroutable_letter(entry.body, entry.address, error, entry.attempts + 1)))
+                continue
             attempts = entry.attempts + 1
             longest = min(self._options.backoff_most, self._options.backoff_first * 2 ** min(attempts, 16))
             due_at = now + timedelta(seconds=self._random.uniform(longest / 2, longest))
@@ -289,6 +298,8 @@ class Relay:
         )
         async with transaction(self._engine) as connection:
             await _postpone.update(connection, rows, key="id")
+            await bury(connection, [letter for _, letter in letters], ids=self._ids, now=now)
+            await delete_by_id(connection, outbox, [entry.id for entry, _ in letters])
 
     async def _delete_loop(self) -> None:
         while True:

@@ -108,6 +108,7 @@ class Execution:
             attempts,
             error_type,
             first_at=row.first_at if row else None,
+            reopens=row.dead_letter_id if row else None,
         )
         if envelope is not None:
             failure = Failed(code=code, reason=detail[-_MAX_REASON:], attempts=attempts)
