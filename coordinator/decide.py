@@ -240,6 +240,9 @@ def _reply(draft: _Draft, given: Replied) -> Decision:
     if _is_late_effect(at, given):
         _late_effect(draft, step, given)
         return draft.finish("late_success" if given.result is Result.SUCCEEDED else "late_failure", **about)
+    if _is_late_undo(at, given):
+        _late_undo(draft, step)
+        return draft.finish("late_undo", **about)
     return draft.finish("late_reply", **about)
 
 
@@ -296,6 +299,21 @@ def _late_effect(draft: _Draft, step: Step, given: Replied) -> None:
     if undoing:
         _undo(draft, step)
     if not any(at.status.outstanding for at in draft.steps.values()):
+        _walk(draft)
+
+
+def _is_late_undo(at: StepState, given: Replied) -> bool:
+    """Say whether a compensation that was given up on has succeeded after all: an operator has replayed it."""
+    undone = given.direction is Direction.UNDO and given.result is Result.SUCCEEDED
+    return undone and at.status is StepStatus.UNDO_FAILED and given.attempt == at.undo_attempt
+
+
+def _late_undo(draft: _Draft, step: Step) -> None:
+    """Count a compensation as done; if nothing else is left to be undone, nobody need look at the saga any more."""
+    draft.settle(step.name, StepStatus.UNDONE)
+    left = any(at.status is StepStatus.UNDO_FAILED or at.status.outstanding for at in draft.steps.values())
+    if draft.status is Status.NEEDS_ATTENTION and not left:
+        draft.status = Status.COMPENSATING
         _walk(draft)
 
 

@@ -311,6 +311,26 @@ def test_a_compensation_waits_as_long_as_its_step_unless_told_otherwise() -> Non
     assert run.instance.steps["flight"].status is StepStatus.UNDO_FAILED
 
 
+def test_a_compensation_that_is_replayed_after_it_was_given_up_on_ends_the_saga() -> None:
+    run = at_payment()
+    run.done("payment", DECLINED)
+    run.undone("flight", FAILED)
+    run.undone("hotel", FAILED)
+    assert run.instance.status is Status.NEEDS_ATTENTION
+    run.undone("flight")
+    assert run.last.entry.kind == "late_undo"
+    assert steps(run)["flight"] is StepStatus.UNDONE
+    assert run.instance.status is Status.NEEDS_ATTENTION, "the hotel is still booked"
+    run.undone("flight")
+    assert run.last.entry.kind == "late_reply"
+    run.undone("hotel", FAILED)
+    assert (run.last.entry.kind, steps(run)["hotel"]) == ("late_reply", StepStatus.UNDO_FAILED)
+    run.undone("hotel")
+    assert run.instance.status is Status.COMPENSATED
+    assert run.announced == [TripOff(trip="t-1", reason="payment declined: payment says no")]
+    check(run)
+
+
 # Repeated, late and strange replies
 
 
