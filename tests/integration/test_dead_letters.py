@@ -1,0 +1,352 @@
+"""What was given up on: grouped, replayed, edited, discarded."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic_core import from_json
+
+from events.bus import Address, Exchange
+from events.codec import bundle_body
+from events.envelope import Direction, Envelope, SagaLink
+from events.errors import ConfigurationError, UnroutableError
+from events.outbox import Outbound
+from events.relay import RelayOptions
+from handlers import Retry, handles
+from handlers.replay import DISCARDED, REPLAYED, DeadLetters, Letter, Planned, Query
+from tests.support.flows import (
+    ChargeCard,
+    Charged,
+    FakeBus,
+    OrderPlaced,
+    RefundCard,
+    Stage,
+    enveloped,
+    make_relay,
+    open_stage,
+    until,
+)
+
+ONCE = Retry(attempts=1)
+ALL = Query()
+
+
+@pytest.fixture(params=["embedded", "sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+async def stage(request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
+    url = request.getfixturevalue("pg_url" if request.param == "postgres" else "sqlite_url")
+    async with open_stage(url, embedded=request.param == "embedded") as opened:
+        yield opened
+
+
+class Service:
+    """A handler that is out of order until it is mended, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.broken = True
+        self.broken_for: set[str] = set()
+        self.asked: list[str] = []
+
+        @handles(RefundCard, retry=ONCE)
+        async def refund_card(command: RefundCard) -> None:
+            self.asked.append(command.order)
+            if self.broken or command.order in self.broken_for:
+                raise ValueError(f"no refund for order {command.order}")
+
+        self.handler = refund_card
+
+
+def letters_of(stage: Stage) -> DeadLetters:
+    return DeadLetters(stage.engine, clock=stage.clock, ids=stage.ids)
+
+
+def undo(order: str, saga: UUID | None = None) -> Envelope:
+    return enveloped(RefundCard(order=order), saga=SagaLink(saga or uuid4(), f"charge{order}", Direction.UNDO, 1))
+
+
+async def replayed(letters: DeadLetters, query: Query = ALL, **how: Any) -> list[Planned]:
+    return [planned async for planned in letters.replay(query, **{"by": "ada", **how})]
+
+
+async def planned(letters: DeadLetters, query: Query = ALL, **how: Any) -> list[Planned]:
+    return [each async for each in letters.plan(query, **how)]
+
+
+async def oldest_first(letters: DeadLetters, query: Query = ALL, *, limit: int = 50) -> list[Letter]:
+    return list(reversed(await letters.find(query, limit=limit)))
+
+
+async def test_a_replay_reaches_the_one_handler_that_failed_under_the_same_id(stage: Stage) -> None:
+    service, seen = Service(), []
+
+    @handles(RefundCard, name="bystander")
+    async def bystander(command: RefundCard) -> None:
+        seen.append(command.order)
+
+    await stage.start(service.handler)
+    sent = undo("1")
+    await stage.send(sent)
+    [dead] = await stage.dead_letters(1)
+    assert (await stage.replies.next()).type == "failed"
+    await stage.start(bystander)
+    service.broken = False
+    letters = letters_of(stage)
+    [done] = await replayed(letters, Query(ids=[dead.id]), why="mended")
+    assert (done.letter.id, done.refused, done.behind) == (dead.id, None, None)
+    stage.clock.advance(1)
+    reply = await stage.replies.next()
+    assert (reply.type, reply.causation_id) == ("succeeded", sent.id)
+    assert service.asked == ["1", "1"]
+    assert seen == []
+    letter = await letters.get(dead.id)
+    assert (letter.status, letter.settled_by, letter.settled_why) == (REPLAYED, "ada", "mended")
+    assert letter.body == sent.encode()
+    assert await stage.waiting() == []
+    await stage.send(sent)
+    assert (await stage.replies.next()).type == "succeeded", "a duplicate gets the answer of the replay"
+    assert service.asked == ["1", "1"]
+
+
+async def test_a_replay_in_vain_opens_the_same_letter_again(stage: Stage) -> None:
+    service = Service()
+    await stage.start(service.handler)
+    await stage.send(undo("1"))
+    [dead] = await stage.dead_letters(1)
+    letters = letters_of(stage)
+    await replayed(letters)
+    assert (await letters.get(dead.id)).status == REPLAYED
+    stage.clock.advance(1)
+
+    async def dead_again() -> bool:
+        return (await letters.get(dead.id)).status == "dead"
+
+    await until(dead_again)
+    [letter] = await letters.find(Query(status=None))
+    assert (letter.settled_by, letter.settled_at, letter.attempts) == (None, None, 1)
+    assert letter.first_at == dead.first_at
+    assert await stage.waiting() == []
+
+
+async def test_a_command_of_a_saga_is_not_replayed_for_the_saga_has_gone_on(stage: Stage) -> None:
+    @handles(ChargeCard, retry=ONCE)
+    async def charge_card(command: ChargeCard) -> None:
+        raise ValueError(command.order)
+
+    await stage.start(charge_card)
+    await stage.send(enveloped(ChargeCard(order="1"), saga=SagaLink(uuid4(), "charge", Direction.DO, 1)))
+    await stage.dead_letters(1)
+    await stage.send(enveloped(ChargeCard(order="2")))
+    await stage.dead_letters(2)
+    letters = letters_of(stage)
+    for done in (await planned(letters), await replayed(letters)):
+        assert [each.refused is None for each in done] == [False, True]
+        assert "its saga was told that it failed and has gone on" in (done[0].refused or "")
+    assert [letter.status for letter in await oldest_first(letters, Query(status=None))] == ["dead", REPLAYED]
+
+
+async def test_letters_of_one_saga_are_replayed_in_order_and_wait_behind_one_that_dies_again(stage: Stage) -> None:
+    service, saga = Service(), uuid4()
+    await stage.start(service.handler)
+    for order in "123":
+        await stage.send(undo(order, saga))
+        await stage.dead_letters(int(order))
+    await stage.send(undo("other"))
+    await stage.dead_letters(4)
+    letters = letters_of(stage)
+    first, second, third, _ = await oldest_first(letters)
+    service.broken, service.broken_for = False, {"1"}
+    service.asked.clear()
+    assert [each.behind for each in await planned(letters)] == [None, first.id, second.id, None]
+    await replayed(letters)
+    stage.clock.advance(1)
+
+    async def first_is_dead_again() -> bool:
+        return (await letters.get(first.id)).status == "dead" and "other" in service.asked
+
+    await until(first_is_dead_again)
+    assert sorted(service.asked) == ["1", "other"]
+    assert {row.dead_letter_id for row in await stage.waiting()} == {second.id, third.id}
+    assert await letters.discard(Query(ids=[first.id]), by="ada", why="refunded by hand") == 1
+    while service.asked[2:] != ["2", "3"]:
+        stage.clock.advance(1)
+        await until(lambda: _one_more(service, stage))
+    assert await stage.waiting() == [], "the last one was handled"
+    assert (await letters.get(first.id)).status == DISCARDED
+
+
+async def _one_more(service: Service, stage: Stage) -> bool:
+    left = await stage.waiting()
+    return len(service.asked) - 2 + len(left) == 2
+
+
+async def test_a_rate_spreads_a_replay(stage: Stage) -> None:
+    service = Service()
+    await stage.start(service.handler)
+    for number in range(4):
+        await stage.send(undo(str(number)))
+    await stage.dead_letters(4)
+    await stage.settled(service.handler)
+    letters = letters_of(stage)
+    assert [each.after for each in await planned(letters, rate=2)] == [0, 0.5, 1, 1.5]
+    service.broken = False
+    service.asked.clear()
+    await replayed(letters, rate=0.2)  # one in 5 s
+    due = sorted(row.due_at for row in await stage.waiting())
+    assert [later - due[0] for later in due] == [timedelta(seconds=5 * number) for number in range(4)]
+    for number in range(1, 5):
+        stage.clock.advance(3 if number == 1 else 5)  # the clocks of two parties are some seconds apart
+
+        async def so_many(number: int = number) -> bool:
+            return len(service.asked) == number
+
+        await until(so_many)
+    assert sorted(service.asked) == ["0", "1", "2", "3"]
+
+
+async def test_letters_are_grouped_by_their_cause_and_found_by_what_is_known_of_them(stage: Stage) -> None:
+    service = Service()
+
+    @handles(OrderPlaced, retry=ONCE)
+    async def look_up(event: OrderPlaced) -> None:
+        raise LookupError(event.order) if event.order == "1" else TypeError("other")
+
+    await stage.start(service.handler)
+    await stage.start(look_up)
+    for number in range(3):
+        await stage.send(undo(f"a{number}"))
+        await stage.send(enveloped(OrderPlaced(order=str(number))), exchange=Exchange.EVENTS)
+    await stage.dead_letters(6)
+    letters = letters_of(stage)
+    groups = await letters.groups(ALL)
+    assert [(group.consumer, group.count, group.example.error_type) for group in groups] == [
+        ("refund_card", 3, "ValueError"),
+        ("look_up", 2, "TypeError"),
+        ("look_up", 1, "LookupError"),
+    ]
+    assert groups[0].example.summary.startswith("ValueError: no refund for order a")
+    assert len(await letters.find(Query(fingerprint=groups[1].fingerprint))) == 2
+    assert len(await letters.find(Query(consumer="look_up"))) == 3
+    assert len(await letters.find(Query(message_type="refund.card", reason="failed"))) == 3
+    assert await letters.find(Query(reason="crashed")) == []
+    assert len(await letters.find(ALL, limit=2)) == 2
+
+
+async def test_a_letter_is_edited_and_the_original_is_kept(stage: Stage) -> None:
+    service = Service()
+    service.broken, service.broken_for = False, {"typo"}
+    await stage.start(service.handler)
+    sent = undo("typo")
+    await stage.send(sent)
+    [dead] = await stage.dead_letters(1)
+    letters = letters_of(stage)
+    edited = await letters.edit(dead.id, b'{"order":"right"}', by="ada", why="a typing error")
+    assert edited.body == sent.encode()
+    assert edited.edited_body is not None
+    await replayed(letters)
+    stage.clock.advance(1)
+    assert (await stage.replies.next()).type == "failed"
+    reply = await stage.replies.next()
+    assert (reply.type, reply.causation_id) == ("succeeded", sent.id)
+    assert service.asked == ["typo", "right"]
+    assert (await letters.get(dead.id)).body == sent.encode()
+
+
+async def test_what_cannot_be_edited_or_found_is_an_error_that_says_so(stage: Stage) -> None:
+    service = Service()
+    await stage.start(service.handler)
+    await stage.send(undo("1"))
+    [dead] = await stage.dead_letters(1)
+    letters = letters_of(stage)
+    for data, says in ((b"{", "not JSON"), (b"[]", "a JSON object"), (b'{"order":"\\u0000"}', "nobody could read")):
+        with pytest.raises(ConfigurationError, match=says):
+            await letters.edit(dead.id, data, by="ada")
+    with pytest.raises(ConfigurationError, match="there is no dead letter"):
+        await letters.get(uuid4())
+    await letters.discard(ALL, by="ada", why="never mind")
+    with pytest.raises(ConfigurationError, match="discarded; only what is dead can be edited"):
+        await letters.edit(dead.id, b"{}", by="ada")
+    assert await replayed(letters) == []
+
+
+async def test_an_unreadable_letter_is_not_replayed(stage: Stage) -> None:
+    service = Service()
+    await stage.start(service.handler)
+    await stage.send_raw("refund.card", b"[nonsense]")
+    await stage.dead_letters(1)
+    [refused] = await replayed(letters_of(stage))
+    assert (refused.refused or "").startswith("it cannot be read:")
+    assert (refused.refused or "").endswith("edit it first")
+    assert await stage.waiting() == []
+
+
+async def test_i16_all_of_many_letters_of_all_kinds_are_handled_once_after_the_repair(stage: Stage) -> None:
+    service, shown = Service(), []
+
+    @handles(OrderPlaced, retry=ONCE)
+    async def show(event: OrderPlaced) -> Charged | None:
+        if service.broken:
+            raise LookupError(event.order)
+        shown.append(event.order)
+        return None
+
+    await stage.start(service.handler)
+    await stage.start(show)
+    sagas = [uuid4() for _ in range(10)]
+    await stage.send(*(undo(str(number), sagas[number % 10]) for number in range(50)))
+    await stage.send(*(enveloped(OrderPlaced(order=str(n))) for n in range(50)), exchange=Exchange.EVENTS)
+    await stage.dead_letters(100)
+    service.broken = False
+    service.asked.clear()
+    letters = letters_of(stage)
+    died = {
+        letter.message_id: letter for letter in await oldest_first(letters, Query(consumer="refund_card"), limit=100)
+    }
+    assert len(await replayed(letters, rate=1000)) == 100
+
+    async def all_done() -> bool:
+        stage.clock.advance(0.5)
+        return not await stage.waiting()
+
+    await until(all_done)
+    assert sorted(service.asked, key=int) == [str(number) for number in range(50)]
+    assert sorted(shown, key=int) == [str(number) for number in range(50)]
+    for saga in sagas:
+        order = [from_json(letter.body)["data"]["order"] for letter in died.values() if letter.saga_id == saga]
+        assert [each for each in service.asked if each in order] == order, "the order of each saga is kept"
+    assert await letters.find(ALL) == []
+
+
+async def test_a_message_that_no_queue_takes_becomes_a_letter_and_is_sent_again_by_a_replay(
+    sqlite_url: str,
+) -> None:
+    async with open_stage(sqlite_url) as stage:
+        bus = stage.bus
+        assert isinstance(bus, FakeBus)
+        relay = make_relay(stage.engine, bus, stage.clock, options=RelayOptions(unroutable_for=60))
+        bus.answer = lambda _: UnroutableError()
+        envelope = enveloped(ChargeCard(order="1"))
+        age = stage.ids.new().int >> 80  # ids tell the real time: bring the stage's clock there
+        stage.clock.advance(age / 1000 - stage.clock.now().timestamp())
+        async with stage.engine.begin() as connection:
+            await relay.write(connection, [Outbound(envelope, Address(Exchange.COMMANDS, "charge.card"))])
+        stage.clock.advance(30)
+        await relay.sweep()
+        assert await stage.dead() == []
+        stage.clock.advance(60)
+        await relay.sweep()
+        [dead] = await stage.dead()
+        assert (dead.consumer, dead.reason, dead.message_id) == ("bus", "unroutable", envelope.id)
+        assert dead.headers == {"exchange": "commands", "routing_key": "charge.card"}
+        assert await stage.unsent() == []
+        bus.answer = lambda _: None
+        await replayed(letters_of(stage))
+        await relay.sweep()
+        [sent] = bus.published
+        assert sent.body == bundle_body([envelope.encode()])
+        assert sent.address == Address(Exchange.COMMANDS, "charge.card")
+
+
+def test_no_field_of_a_query_is_any_letter() -> None:
+    assert not ALL.is_narrow
+    assert Query(consumer="x").is_narrow
