@@ -27,6 +27,11 @@ class Process:
             )
         return self
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started and is no more."""
+        return self._process is not None and self._process.poll() is not None
+
     def kill9(self) -> None:
         assert self._process is not None
         self._process.kill()
