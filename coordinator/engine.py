@@ -107,6 +107,7 @@ class Engine:
             await self._bus.until_writable()  # what they cause would only pile up in the outbox
             items = await self._intake.take(_BATCH)
             try:
+                await failpoint("engine.received")
                 await self._process(items)
             except BaseException:
                 self._intake.put_back(items)

@@ -8,6 +8,24 @@ from contextlib import contextmanager
 
 Action = Callable[[], Awaitable[None]]
 
+NAMES = frozenset(
+    {
+        "engine.received",
+        "engine.before_commit",
+        "engine.after_commit",
+        "engine.timers_claimed",
+        "handler.received",
+        "handler.after_run",
+        "handler.before_commit",
+        "handler.after_commit",
+        "handler.after_ack",
+        "relay.claimed",
+        "relay.before_publish",
+        "relay.after_confirm",
+        "retries.claimed",
+    }
+)
+
 _armed: dict[str, Action] = {}
 
 
@@ -19,7 +37,13 @@ async def failpoint(name: str) -> None:
 
 @contextmanager
 def armed(name: str, action: Action) -> Iterator[None]:
-    """Arm `action` at the fail point `name` for the length of the block."""
+    """Arm `action` at the fail point `name` for the length of the block.
+
+    Raises:
+        KeyError: there is no fail point of this name.
+    """
+    if name not in NAMES:
+        raise KeyError(name)
     _armed[name] = action
     try:
         yield

@@ -20,6 +20,7 @@ from events.clock import Clock
 from events.codec import Readable
 from events.database import reader, transaction
 from events.dead_letters import plain_headers, storable
+from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import Item
 from events.storeclock import StoreClock
@@ -269,6 +270,7 @@ class Retries:
         async with transaction(self._engine) as connection:
             found = await connection.execute(_CLAIMS[connection.dialect.name, suspects], parameters)
             rows = found.all()
+        await failpoint("retries.claimed")
         return sorted((_waiting(row) for row in rows), key=lambda row: row.id.int)
 
     async def renew(self, rows: Sequence[Waiting]) -> None:

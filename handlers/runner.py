@@ -186,6 +186,7 @@ class HandlerRunner:
             begun = 0
             self._released.clear()
             try:
+                await failpoint("handler.received")
                 known = await self._find_known(items)
                 while begun < len(items) and await self._begin(items[begun], known):
                     begun += 1
@@ -366,6 +367,7 @@ class HandlerRunner:
         await failpoint("handler.after_commit")
         after_commit()
         await settle([item])
+        await failpoint("handler.after_ack")
         outcome.progress = Progress.COMMITTED
         return outcome
 
@@ -436,6 +438,7 @@ class HandlerRunner:
             self._tools.look_again()
         lost = {id(outcome) for outcome in outcomes} - {id(outcome) for outcome in kept}
         self._intake.put_back([outcome.item for outcome in outcomes if id(outcome) in lost])
+        await failpoint("handler.after_ack")
 
     def _spoil(self, outcome: Outcome, error: Exception) -> None:
         """Turn an outcome that cannot be stored into one that can: without its events, then without its reply."""

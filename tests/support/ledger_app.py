@@ -17,6 +17,8 @@ from events import Command, Event, Reply
 from events.database import open_database
 from handlers import Context, Declined, Retry, handles
 
+TIMEOUT = float(os.environ.get("LEDGER_TIMEOUT", "120"))  # seconds for each step
+
 tables = MetaData()
 
 # What handlers did in the transaction of their message.
@@ -155,7 +157,7 @@ class Order(Saga):
     def placed(cls, event: OrderPlaced) -> Self:
         return cls(order_id=event.order_id, number=event.number)
 
-    @step(timeout=120)
+    @step(timeout=TIMEOUT)
     def reserve_goods(self) -> Reserve:
         return Reserve(order_id=self.order_id)
 
@@ -163,7 +165,7 @@ class Order(Saga):
     def release_goods(self) -> Release:
         return Release(order_id=self.order_id)
 
-    @step(timeout=120)
+    @step(timeout=TIMEOUT)
     def charge_card(self) -> Charge:
         return Charge(order_id=self.order_id)
 
@@ -175,7 +177,7 @@ class Order(Saga):
     def refund_card(self) -> Refund:
         return Refund(order_id=self.order_id)
 
-    @step(timeout=120)
+    @step(timeout=TIMEOUT)
     def ship_goods(self) -> Ship:
         return Ship(order_id=self.order_id, number=self.number)
 

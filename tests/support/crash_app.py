@@ -1,0 +1,80 @@
+"""The ledger application, in a process that fails at a given place: only this module reads CRASH_AT.
+
+CRASH_AT is a list like `handler.before_commit:kill:2,retries.claimed:raise:1`: the place, what happens there (kill,
+raise, cancel), and at which time of coming there. Each happens once, whatever is started again: CRASH_MARKS is the
+folder of those that have happened.
+
+CRASH_PLANT plants a bug, to show that the checks find it: `ack_first` acknowledges before the commit, `delete_first`
+deletes from the outbox before the confirm.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from events.failpoints import armed
+from events.intake import Item, settle
+from events.relay import Entry, Relay
+from handlers.recording import Recorder
+from tests.support.ledger_app import app
+
+__all__ = ["app"]
+
+
+def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
+    hits = 0
+
+    async def act() -> None:
+        nonlocal hits
+        hits += 1
+        if hits < hit or mark.exists():
+            return
+        mark.touch()
+        match what:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "raise":
+                raise RuntimeError(f"planned, at {place}")
+            case "cancel":
+                raise asyncio.CancelledError  # as a library does that loses its connection
+
+    stack.enter_context(armed(place, act))
+
+
+def plant_ack_first() -> None:
+    """Acknowledge what a handler has done before it is committed."""
+    commit: Callable[..., Awaitable[Any]] = Recorder.commit
+
+    async def ack_first(self: Recorder, outcomes: Sequence[Any]) -> Any:
+        items: list[Item] = [outcome.item for outcome in outcomes]
+        await settle(items)
+        return await commit(self, outcomes)
+
+    Recorder.commit = ack_first  # type: ignore[method-assign]  # that is the point
+
+
+def plant_delete_first() -> None:
+    """Delete from the outbox before the bus has confirmed."""
+    publish: Callable[..., Awaitable[int]] = Relay._publish
+
+    async def delete_first(self: Relay, entries: list[Entry]) -> int:
+        self._confirmed.extend(entry.id for entry in entries)
+        await self._delete_confirmed()
+        return await publish(self, entries)
+
+    Relay._publish = delete_first  # type: ignore[method-assign]  # that is the point
+
+
+_stack = ExitStack()  # armed for as long as the process lives
+for _number, _each in enumerate(filter(None, os.environ.get("CRASH_AT", "").split(","))):
+    _place, _what, _hit = _each.split(":")
+    arm(_stack, _place, _what, int(_hit), Path(os.environ["CRASH_MARKS"]) / f"{_number}")
+match os.environ.get("CRASH_PLANT"):
+    case "ack_first":
+        plant_ack_first()
+    case "delete_first":
+        plant_delete_first()
