@@ -342,6 +342,7 @@ class Relay:
                 await self._bus.until_writable()  # a row that cannot be published is claimed in vain
                 if not (entries := await self._claim()):
                     break
+                await failpoint("relay.claimed")
                 total += len(entries)
                 if await self._publish(entries) == 0:
                     break  # the bus is away: do not run through the whole table in vain

@@ -82,6 +82,7 @@ class HandlerGroup:
         self._supervisor.start("handlers.special", self._special_loop)
         self._supervisor.start("handlers.renew", self._renew_loop)
         self._supervisor.start("handlers.follow", self._follow_loop)
+        self._to_look.set()
 
     async def stop(self, grace: float) -> None:
         """Stop all handlers; see `HandlerRunner.stop`."""

@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 
 from tests.support import servers
+from tests.support.counts import noted
 from tests.support.otlp import OtlpSink
 from tests.support.servers import MissingServerError, Postgres, RabbitMQ, Server
 
@@ -160,6 +161,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if sources:
         terminalreporter.section("servers")
         for line in sources:
+            terminalreporter.write_line(line)
+    if lines := noted(config):
+        terminalreporter.section("counts")
+        for line in lines:
             terminalreporter.write_line(line)
     not_run = _not_run(config)
     if not_run:

@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from events.failpoints import armed
-from events.intake import Item, settle
+from events.intake import settle
 from events.relay import Entry, Relay
 from handlers.recording import Recorder
 from tests.support.ledger_app import app
 
 __all__ = ["app"]
+
+
+def first(mark: Path) -> bool:
+    """Say whether nobody was here before, and leave a mark."""
+    if mark.exists():
+        return False
+    mark.touch()
+    return True
 
 
 def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
@@ -31,9 +39,8 @@ def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
     async def act() -> None:
         nonlocal hits
         hits += 1
-        if hits < hit or mark.exists():
+        if hits < hit or not first(mark):
             return
-        mark.touch()
         match what:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -47,14 +54,15 @@ def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
 
 def plant_ack_first() -> None:
     """Acknowledge what a handler has done before it is committed."""
-    commit: Callable[..., Awaitable[Any]] = Recorder.commit
+    for name in ("commit", "store"):
+        method: Callable[..., Awaitable[Any]] = getattr(Recorder, name)
 
-    async def ack_first(self: Recorder, outcomes: Sequence[Any]) -> Any:
-        items: list[Item] = [outcome.item for outcome in outcomes]
-        await settle(items)
-        return await commit(self, outcomes)
+        async def ack_first(*arguments: Any, method: Callable[..., Awaitable[Any]] = method, **options: Any) -> Any:
+            outcomes: Sequence[Any] = arguments[-1]
+            await settle([outcome.item for outcome in outcomes])
+            return await method(*arguments, **options)
 
-    Recorder.commit = ack_first  # type: ignore[method-assign]  # that is the point
+        setattr(Recorder, name, ack_first)
 
 
 def plant_delete_first() -> None:

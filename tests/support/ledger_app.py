@@ -9,7 +9,7 @@ from typing import Self
 from uuid import UUID
 
 from dishka import Provider, Scope, provide
-from sqlalchemy import Column, Integer, MetaData, Table, Text, Uuid, text
+from sqlalchemy import Column, Integer, MetaData, Table, Text, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from coordinator import App, Saga, compensated, completed, sequence, starts_on, step
@@ -51,7 +51,7 @@ class Ledger:
         statement = text(
             "INSERT INTO ledger_outside (key, order_id, what, calls) VALUES (:key, :order_id, :what, 1)"
             " ON CONFLICT (key) DO UPDATE SET calls = ledger_outside.calls + 1"
-        )
+        ).bindparams(bindparam("order_id", type_=Uuid))
         async with self._engine.begin() as connection:
             await connection.execute(statement, {"key": key, "order_id": order_id, "what": what})
 

@@ -19,8 +19,8 @@ from events.registry import Registry
 from handlers import Context, Declined, Handler, Retry, handles
 from handlers.execution import Execution, HandlerCancelledError, HandlerPanickedError
 from handlers.fence import Fence
-from handlers.outcome import Outcome
 from handlers.keys import KeyLocks
+from handlers.outcome import Outcome
 from handlers.retries import Retries
 from handlers.tools import Tools
 from tests.support.flows import (
