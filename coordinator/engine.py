@@ -135,6 +135,7 @@ class Engine:
             await failpoint("engine.after_commit")
             after_commit()
             await settle(items)
+            await failpoint("engine.after_ack")
             return
 
     async def _apply(self, items: Sequence[Item]) -> AfterCommit:
@@ -235,6 +236,7 @@ class Engine:
             if not due or is_transient(error) or isinstance(error, StaleRowError):
                 raise
             return await self._fire_one_by_one(due, error)
+        await failpoint("engine.timers_committed")
         after_commit()
         return len(due)
 

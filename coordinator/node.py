@@ -21,6 +21,7 @@ from events.clock import Clock, SystemClock
 from events.database import open_database, ping, sqlite_file
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
+from events.failpoints import failpoint
 from events.ids import Ids, Random, TimeOrderedIds, system_random
 from events.message import Command
 from events.outbox import Outbox
@@ -112,6 +113,7 @@ class Node:
         self._watched.append(lambda: self.relay.failing)
         queues = [handler.queue for handler in self._handlers] + (engine.queues if engine else [])
         await self.bus.declare(queues)
+        await failpoint("node.declared")
         if group is not None:
             self._stack.push_async_callback(group.stop, self._settings.grace)
             self._watched.append(lambda: group.failing)

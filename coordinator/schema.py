@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator import tables as _coordinator_tables
 from events.database import transaction
 from events.errors import ConfigurationError
+from events.failpoints import failpoint
 from events.tables import metadata
 from handlers import tables as _handler_tables
 
@@ -49,6 +50,7 @@ async def upgrade(engine: AsyncEngine, tables: Iterable[MetaData] = ()) -> None:
     async with _locked(engine) as connection:
         await connection.run_sync(lambda sync: command.upgrade(_config(sync), "head"))
         await _create(connection, tables)
+        await failpoint("schema.before_commit")
 
 
 async def create_missing(engine: AsyncEngine, tables: Iterable[MetaData]) -> None:

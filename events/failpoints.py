@@ -13,16 +13,23 @@ NAMES = frozenset(
         "engine.received",
         "engine.before_commit",
         "engine.after_commit",
+        "engine.after_ack",
         "engine.timers_claimed",
+        "engine.timers_committed",
         "handler.received",
         "handler.after_run",
         "handler.before_commit",
         "handler.after_commit",
         "handler.after_ack",
+        "handler.draining",
+        "node.declared",
         "relay.claimed",
         "relay.before_publish",
         "relay.after_confirm",
+        "relay.before_delete",
+        "retries.before_claim",
         "retries.claimed",
+        "schema.before_commit",
     }
 )
 

@@ -313,6 +313,7 @@ class Relay:
         ids = list(self._confirmed)
         if not ids:
             return
+        await failpoint("relay.before_delete")
         async with self._single.begin() as connection:
             await delete_by_id(connection, outbox, ids)
         for _ in ids:  # only now: after an error they are deleted again

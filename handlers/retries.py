@@ -270,6 +270,7 @@ class Retries:
         async with transaction(self._engine) as connection:
             found = await connection.execute(_CLAIMS[connection.dialect.name, suspects], parameters)
             rows = found.all()
+            await failpoint("retries.before_claim")
         await failpoint("retries.claimed")
         return sorted((_waiting(row) for row in rows), key=lambda row: row.id.int)
 

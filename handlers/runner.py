@@ -129,6 +129,7 @@ class HandlerRunner:
         """Take no more, let what runs end within `grace` seconds, commit it; the rest goes back to the queue."""
         await self.flow.stop()
         await self._taking.stop()
+        await failpoint("handler.draining")
         try:
             async with asyncio.timeout(grace):
                 if self._tasks:
