@@ -3,7 +3,7 @@ DEV := scripts/dev.sh
 PYTEST := $(DEV) pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-containers check format bench lock clean
+.PHONY: help setup demo test test-unit test-containers test-crash check format bench lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,10 @@ test-containers:  ## run the integration tests against containers, with a Docker
 .PHONY: test-servers
 test-servers:
 	@$(DEV) python -m tests.support.servers install
+
+test-crash: test-servers  ## run the crash matrix in full, a minute of poison, and 10,000 silent sagas
+	CRASH_MATRIX=full POISON_SECONDS=60 SILENCE_SAGAS=10000 $(PYTEST) tests/acceptance/test_crash_matrix.py \
+	  tests/acceptance/test_poison.py tests/acceptance/test_silence.py
 
 check:  ## lint, formatting, types, layers, purity
 	$(DEV) ruff check
