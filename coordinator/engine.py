@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
@@ -18,7 +19,7 @@ from events.clock import Clock
 from events.codec import Limits, Readable
 from events.database import is_transient, single_statements, transaction
 from events.dead_letters import bury
-from events.errors import StaleRowError
+from events.errors import CoordinatorError, StaleRowError
 from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import Intake, Item, completed_by, settle
@@ -33,6 +34,7 @@ _BATCH = 256
 _PREFETCH = 32
 _TIMER_BATCH = 200
 _REPLAYS_EVERY = 1.0
+_TRIES = 3  # of a message whose consequences cannot be stored for a reason that is not known
 _DATABASE_PAUSE = 0.5
 
 
@@ -115,7 +117,7 @@ class Engine:
 
     async def _process(self, items: list[Item]) -> None:
         """Commit what follows from `items`. A batch that keeps failing is split until the culprit is alone."""
-        while True:
+        for tries in count(1):
             try:
                 after_commit = await self._apply(items)
             except Exception as error:  # whatever it is, it must not stop the others
@@ -125,9 +127,13 @@ class Engine:
                     logger.warning("a batch is tried again: %s", error, extra={"action": "engine.batch_retried"})
                     await self._clock.sleep(_DATABASE_PAUSE)
                     continue
-                if len(items) == 1:
+                if len(items) == 1 and (tries >= _TRIES or isinstance(error, CoordinatorError)):
                     await self._bury(items[0], error)
                     return
+                if len(items) == 1:  # nobody knows what it was: a reply is not given up on so soon
+                    logger.warning("a message is tried again: %r", error, extra={"action": "engine.message_retried"})
+                    await self._clock.sleep(_DATABASE_PAUSE)
+                    continue
                 logger.warning("a batch is split: %r", error, extra={"action": "engine.batch_split"})
                 for item in items:
                     await self._process([item])

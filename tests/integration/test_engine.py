@@ -392,6 +392,21 @@ async def test_a_batch_is_tried_again_until_the_database_takes_it(
     assert await world.dead() == {}
 
 
+async def test_a_message_that_fails_for_an_unknown_reason_is_tried_again_before_it_is_given_up_on(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reply that is given up on costs its saga a deadline."""
+    coordinator = await world.coordinator()
+    with armed("engine.before_commit", failing(*[RuntimeError("who knows")] * 2)):
+        coordinator.give(wanted())
+        for _ in range(2):
+            await world.clock.pass_sleep(DATABASE_PAUSE)
+        await coordinator.settled()
+    assert actions(caplog) == ["engine.message_retried"] * 2
+    assert await world.history() == ["started"]
+    assert await world.dead() == {}
+
+
 @pytest.mark.parametrize("committed", [False, True], ids=["before the commit", "after the commit"])
 async def test_nothing_is_acknowledged_before_its_commit_and_a_crash_costs_and_repeats_nothing(
     world: World, committed: bool
