@@ -102,8 +102,8 @@ def cpu(process: psutil.Process) -> float:
 def server_of(url: str) -> psutil.Process:
     """Return the process that listens at `url`."""
     port = urlsplit(url).port
-    listening = psutil.net_connections("tcp")
-    return psutil.Process(next(each.pid for each in listening if each.status == "LISTEN" and each.laddr and each.laddr.port == port))
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr]
+    return psutil.Process(next(each.pid for each in listening if each.laddr and each.laddr.port == port))
 
 
 def main() -> None:
