@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from events.failpoints import armed
-from events.intake import settle
 from events.relay import Entry, Relay
 from handlers.recording import Recorder
 from tests.support.ledger_app import app
@@ -53,13 +52,14 @@ def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
 
 
 def plant_ack_first() -> None:
-    """Acknowledge what a handler has done before it is committed."""
+    """Acknowledge what a handler was given before what it has done is committed."""
     for name in ("commit", "store"):
         method: Callable[..., Awaitable[Any]] = getattr(Recorder, name)
 
         async def ack_first(*arguments: Any, method: Callable[..., Awaitable[Any]] = method, **options: Any) -> Any:
             outcomes: Sequence[Any] = arguments[-1]
-            await settle([outcome.item for outcome in outcomes])
+            for outcome in outcomes:  # the whole delivery, as who acknowledges on receipt does
+                await outcome.item.delivery.ack()
             return await method(*arguments, **options)
 
         setattr(Recorder, name, ack_first)
