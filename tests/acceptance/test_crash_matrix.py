@@ -95,7 +95,7 @@ SHORT = [
 ]
 CASES = ALL if FULL else SHORT
 PLANTED = [
-    Case("handler.before_commit", "kill", "servers", plant="ack_first"),
+    Case("handler.before_commit", "kill_late", "servers", plant="ack_first"),
     Case("relay.before_publish", "kill", "servers", plant="delete_first"),
 ]
 

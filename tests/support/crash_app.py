@@ -1,11 +1,11 @@
 """The ledger application, in a process that fails at a given place: only this module reads CRASH_AT.
 
 CRASH_AT is a list like `handler.before_commit:kill:2,retries.claimed:raise:1`: the place, what happens there (kill,
-raise, cancel), and at which time of coming there. Each happens once, whatever is started again: CRASH_MARKS is the
-folder of those that have happened.
+kill_late, raise, cancel), and at which time of coming there. Each happens once, whatever is started again: CRASH_MARKS
+is the folder of those that have happened.
 
-CRASH_PLANT plants a bug, to show that the checks find it: `ack_first` acknowledges before the commit, `delete_first`
-deletes from the outbox before the confirm.
+CRASH_PLANT plants a bug, to show that the checks find it: `ack_first` acknowledges on receipt, `delete_first` deletes
+from the outbox before the confirm.
 """
 
 import asyncio
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from events.failpoints import armed
+from events.intake import Item
 from events.relay import Entry, Relay
-from handlers.recording import Recorder
+from handlers.runner import HandlerRunner
 from tests.support.ledger_app import app
 
 __all__ = ["app"]
@@ -43,6 +44,9 @@ def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
         match what:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "kill_late":  # when the outbox is tidied up, which would send the message again
+                await asyncio.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 raise RuntimeError(f"planned, at {place}")
             case "cancel":
@@ -52,17 +56,15 @@ def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
 
 
 def plant_ack_first() -> None:
-    """Acknowledge what a handler was given before what it has done is committed."""
-    for name in ("commit", "store"):
-        method: Callable[..., Awaitable[Any]] = getattr(Recorder, name)
+    """Acknowledge on receipt: before anything is done, let alone committed."""
+    find_known: Callable[..., Awaitable[Any]] = HandlerRunner._find_known
 
-        async def ack_first(*arguments: Any, method: Callable[..., Awaitable[Any]] = method, **options: Any) -> Any:
-            outcomes: Sequence[Any] = arguments[-1]
-            for outcome in outcomes:  # the whole delivery, as who acknowledges on receipt does
-                await outcome.item.delivery.ack()
-            return await method(*arguments, **options)
+    async def ack_first(self: HandlerRunner, items: Sequence[Item]) -> Any:
+        for item in items:
+            await item.delivery.ack()
+        return await find_known(self, items)
 
-        setattr(Recorder, name, ack_first)
+    HandlerRunner._find_known = ack_first  # type: ignore[method-assign]  # that is the point
 
 
 def plant_delete_first() -> None:
