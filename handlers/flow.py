@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from uuid import UUID
 
 from events.bus import Bus, Consumer
 from events.intake import Intake
@@ -25,10 +27,21 @@ class Flow:
         bus: what it is on.
         retries: where waiting messages that have not begun go back to.
         circuit: the handler's breaker.
+        forget: called with the id of a waiting message that goes back: its lease is not to be renewed.
     """
 
-    def __init__(self, queue: str, intake: Intake, *, bus: Bus, retries: Retries, circuit: Circuit | None) -> None:
+    def __init__(
+        self,
+        queue: str,
+        intake: Intake,
+        *,
+        bus: Bus,
+        retries: Retries,
+        circuit: Circuit | None,
+        forget: Callable[[UUID], None],
+    ) -> None:
         self._queue = queue
+        self._forget = forget
         self._intake = intake
         self._bus = bus
         self._retries = retries
@@ -139,7 +152,10 @@ class Flow:
 
     async def _hand_back(self) -> None:
         deliveries = self._intake.take_untouched()
-        await self._retries.give_back([each.row for each in deliveries if isinstance(each, Parked)])
+        rows = [each.row for each in deliveries if isinstance(each, Parked)]
+        for row in rows:
+            self._forget(row.id)
+        await self._retries.give_back(rows)
         for delivery in deliveries:
             await delivery.requeue()
         if deliveries:

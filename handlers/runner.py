@@ -92,11 +92,18 @@ class HandlerRunner:
             limits=tools.limits,
         )
         self._intake = Intake(tools.limits)
-        self.flow = Flow(handler.queue.name, self._intake, bus=tools.bus, retries=tools.retries, circuit=circuit)
+        self.parked: dict[UUID, Waiting] = {}  # rows taken to be tried here, by their ids
+        self.flow = Flow(
+            handler.queue.name,
+            self._intake,
+            bus=tools.bus,
+            retries=tools.retries,
+            circuit=circuit,
+            forget=self._forget,
+        )
         self.slots = Slots(handler.concurrency)
         self.pace = Pace(tools.clock)
         self._probe: UUID | None = None  # the message that is to find out if the dependency is back
-        self.parked: dict[UUID, Waiting] = {}  # rows taken to be tried here, by their ids
         self._running: dict[UUID, list[Item]] = {}  # keys in work, each with duplicates that wait for it
         self._released: set[UUID] = set()  # keys that were in work when the batch was looked up, and are no more
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,6 +153,9 @@ class HandlerRunner:
         await cancel_all(self._tasks)
         await self._committing.stop()
         await self._give_back(list(self.parked.values()))
+
+    def _forget(self, row: UUID) -> None:
+        self.parked.pop(row, None)
 
     async def _give_back(self, rows: Sequence[Waiting]) -> None:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -220,6 +221,45 @@ async def test_stop_gives_back_what_it_has_taken_without_counting_it(stage: Stag
     await group.stop(0)
     [row] = await stage.waiting()
     assert (row.attempts, row.begun_at, row.crashes) == (1, None, 0)
+
+
+async def test_what_was_taken_and_has_not_begun_goes_back_when_the_handler_is_paused(stage: Stage) -> None:
+    """Its lease is not renewed any more: once that kept the message from ever being due again."""
+    script = Script(replace(SLOW, attempts=9))
+    script.failures = {"1": 1, "2": 1}
+    group = await stage.start(replace(script.handler, concurrency=1))
+    runner = group.runners[script.handler.name]
+    await stage.send(charge("1"), charge("2"))
+
+    async def both_wait() -> bool:
+        return [row.begun_at for row in await stage.waiting()] == [None, None]
+
+    await until(both_wait)
+    for _ in range(2):
+        await script.begun.get()
+    script.hold = asyncio.Event()
+    stage.clock.advance(12)
+    async with asyncio.timeout(PATIENCE):
+        await script.begun.get()
+
+    async def both_taken() -> bool:
+        return len(runner.parked) == 2
+
+    await until(both_taken)
+    runner.flow.paused = True
+    while runner.flow.is_open:  # noqa: ASYNC110  # it follows in a moment
+        await asyncio.sleep(0)
+    script.hold.set()
+
+    async def one_is_back() -> bool:
+        rows = await stage.waiting()
+        return [(row.attempts, row.begun_at) for row in rows] == [(1, None)] and not runner.parked
+
+    await until(one_is_back)
+    runner.flow.paused = False
+    stage.clock.advance(1)
+    await no_rows(stage)
+    assert sorted(script.attempts.values()) == [[1, 2], [1, 2]]
 
 
 async def test_what_comes_a_second_time_is_counted_before_it_is_tried(stage: Stage) -> None:
