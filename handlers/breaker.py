@@ -5,6 +5,7 @@ none does, half-open while a single one tries. `step` is the whole of it, and pu
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -23,7 +24,7 @@ class Breaker:
         name: the dependency.
         share: it opens when this share of the last tries has failed,
         minimum: and there were at least so many,
-        window: of which the last so many count.
+        window: of which the last so many count. A message that fails again and again counts once.
         open_for: how long it is open at first; twice as long after each single try that fails,
         most: but no longer than this.
         on: the errors that speak of the dependency; after any other error it has answered.
@@ -141,10 +142,11 @@ class Circuit:
         self.policy = policy
         self.state = State()
         self._clock = clock
+        self._failing: deque[str] = deque(maxlen=policy.window)  # messages whose failures have counted
         self._listeners: list[Callable[[], None]] = []
 
     def listen(self, changed: Callable[[], None]) -> None:
-        """Call `changed` after each change of the phase."""
+        """Call `changed` after each change of the phase, and when a single try begins or is abandoned."""
         self._listeners.append(changed)
 
     @property
@@ -161,8 +163,16 @@ class Circuit:
         """Take in a signal."""
         before, self.state = self.state, step(self.policy, self.state, signal, self._clock.monotonic())
         phase = self.state.phase
-        if phase is before.phase:
-            return
+        if phase is not before.phase:
+            self._log_change(before)
+        if (phase, self.state.probing) != (before.phase, before.probing):
+            for changed in self._listeners:
+                changed()
+
+    def _log_change(self, before: State) -> None:
+        phase = self.state.phase
+        if phase is Phase.CLOSED:
+            self._failing.clear()
         level = logging.WARNING if phase is Phase.OPEN else logging.INFO
         logger.log(
             level,
@@ -173,18 +183,25 @@ class Circuit:
             before.tries,
             extra={"action": "breaker.changed", "breaker": self.policy.name, "phase": phase.value},
         )
-        for changed in self._listeners:
-            changed()
 
     def succeeded(self) -> None:
         """A call was answered, in whatever way."""
         self.tell(Signal.SUCCEEDED)
 
-    def failed(self, error: BaseException) -> bool:
-        """A call has failed. Return whether the failure says anything new: not while the breaker is open."""
+    def failed(self, error: BaseException, message: str) -> bool:
+        """A call for `message` has failed. Return whether that is an attempt of its own.
+
+        It is not if the breaker has opened since the call began: the cause is known then. The single try of a
+        half-open breaker is one: without that a message that only ever fails itself would be tried for ever.
+        """
         if not isinstance(error, self.policy.on):
             self.tell(Signal.SUCCEEDED)
             return True
-        news = self.is_closed
+        if self.state.phase is Phase.OPEN:
+            return False
+        if self.is_closed:
+            if message in self._failing:
+                return True
+            self._failing.append(message)
         self.tell(Signal.FAILED)
-        return news
+        return True

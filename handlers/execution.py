@@ -212,13 +212,14 @@ class Execution:
         if not isinstance(error, Exception):
             return False
         self._log_failure(context, error)
-        if self._circuit is not None and not isinstance(error, SQLAlchemyError) and not self._circuit.failed(error):
+        circuit = self._circuit
+        if circuit and not isinstance(error, SQLAlchemyError) and not circuit.failed(error, context.message_id):
             ladder.spare(self._random)
             return False
         verdict = ladder.failed(error, elapsed=self._clock.monotonic() - begun, random=self._random)
         if not isinstance(verdict, Again) or not verdict.in_process:
             return False
-        if self._circuit is not None and not self._circuit.is_closed:
+        if circuit and not circuit.is_closed:
             return False
         ladder.attempt += 1
         context.attempt = ladder.attempt

@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from uuid import UUID
+from collections.abc import Awaitable, Callable, Sequence
 
 from events.bus import Bus, Consumer
 from events.intake import Intake
-from handlers.breaker import Circuit, Signal
-from handlers.retries import Parked, Retries
+from handlers.breaker import Circuit, Phase
+from handlers.retries import Parked, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +24,8 @@ class Flow:
         queue: the name of the queue.
         intake: where its deliveries go.
         bus: what it is on.
-        retries: where waiting messages that have not begun go back to.
         circuit: the handler's breaker.
-        forget: called with the id of a waiting message that goes back: its lease is not to be renewed.
+        give_back: takes the waiting messages that have not begun.
     """
 
     def __init__(
@@ -36,15 +34,13 @@ class Flow:
         intake: Intake,
         *,
         bus: Bus,
-        retries: Retries,
         circuit: Circuit | None,
-        forget: Callable[[UUID], None],
+        give_back: Callable[[Sequence[Waiting]], Awaitable[None]],
     ) -> None:
         self._queue = queue
-        self._forget = forget
+        self._give_back = give_back
         self._intake = intake
         self._bus = bus
-        self._retries = retries
         self._circuit = circuit
         self._paused = False
         self._sampling = False
@@ -72,6 +68,11 @@ class Flow:
         return self._open.is_set()
 
     @property
+    def is_free(self) -> bool:
+        """Whether any number of messages may begin."""
+        return self._open.is_set() and (self._circuit is None or self._circuit.is_closed)
+
+    @property
     def wants_probe(self) -> bool:
         """Whether a single message shall find out if the dependency is back."""
         return not self._paused and self._circuit is not None and self._circuit.wants_probe
@@ -85,7 +86,11 @@ class Flow:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await self._turn()
+            try:
+                await self._turn()
+            except BaseException:
+                self._changed.set()  # it is still to be done when this is started again
+                raise
 
     async def stop(self) -> None:
         """Consume no more."""
@@ -98,21 +103,14 @@ class Flow:
         await self._bus.until_writable()
 
     def sample(self) -> None:
-        """Take a message from the queue as the single one that tries: none waits that could."""
+        """Take a message from the queue as the single one that tries."""
         if not self._sampling:
             self._sampling = True
             self._changed.set()
 
     def admit(self) -> bool:
         """Say whether a message from the queue may begin; while one is to try, that is a single one."""
-        if not self._open.is_set():
-            return False
-        if self._circuit is None or self._circuit.is_closed:
-            return True
-        if not self._circuit.wants_probe:
-            return False
-        self._circuit.tell(Signal.PROBE)
-        return True
+        return self.is_free or (self._open.is_set() and self.wants_probe)
 
     def left_over(self) -> None:
         """Something that was taken has not begun: if the flow is off, it goes back."""
@@ -120,11 +118,11 @@ class Flow:
             self._changed.set()
 
     async def _turn(self) -> None:
-        wanted = self._wanted()
-        if wanted:
+        if self._may_begin:
             self._open.set()
         else:
             self._open.clear()
+        wanted = self._wanted()
         if wanted != self._prefetch:
             await self._cancel()
             if wanted:
@@ -133,17 +131,19 @@ class Flow:
         if not wanted:
             await self._hand_back()
 
+    @property
+    def _may_begin(self) -> bool:
+        if self._circuit is None or self._circuit.is_closed:
+            return not self._paused
+        return self.wants_probe and self._sampling
+
     def _wanted(self) -> int:
         """Return how many deliveries to take at a time."""
-        if self._paused:
-            return 0
         if self._circuit is None or self._circuit.is_closed:
             self._sampling = False
-            return _PREFETCH
-        if self._circuit.wants_probe and self._sampling:
-            return 1
-        self._sampling = False
-        return 0
+            return 0 if self._paused else _PREFETCH
+        self._sampling &= self._circuit.state.phase is Phase.HALF_OPEN
+        return 1 if self._sampling and not self._paused else 0
 
     async def _cancel(self) -> None:
         consumer, self._consumer, self._prefetch = self._consumer, None, 0
@@ -152,12 +152,9 @@ class Flow:
 
     async def _hand_back(self) -> None:
         deliveries = self._intake.take_untouched()
-        rows = [each.row for each in deliveries if isinstance(each, Parked)]
-        for row in rows:
-            self._forget(row.id)
-        await self._retries.give_back(rows)
         for delivery in deliveries:
             await delivery.requeue()
+        await self._give_back([each.row for each in deliveries if isinstance(each, Parked)])
         if deliveries:
             logger.info(
                 "%d deliveries of %s are handed back: its handler does not run for the time being",

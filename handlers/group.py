@@ -20,6 +20,7 @@ from handlers.tools import Tools
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 0.4
+_SAMPLE_FOR = 1.0  # so long a message from the queue is waited for before one that waits is asked again
 _FOLLOW_EVERY = 1.0
 _RENEW_EVERY = LEASE / 3
 
@@ -120,7 +121,7 @@ class HandlerGroup:
                 runner.take(rows)
                 if len(rows) < usual and rows and runner.room:
                     self._to_look.set()
-            if suspects and runner.flow.is_open:
+            if suspects and runner.flow.is_free:
                 self._suspects.add(name)
         if self._suspects or any(runner.flow.wants_probe for runner in self.runners.values()):
             self._special.set()
@@ -139,15 +140,25 @@ class HandlerGroup:
                 await self._probe(circuit)
 
     async def _probe(self, circuit: Circuit) -> None:
+        """Find a message that tries: another handler, and a queue or a waiting message, after each that failed."""
+        turn = circuit.state.failed_probes
         sharing = [
             runner
             for runner in self.runners.values()
             if runner.flow.wants_probe and self._circuit_of(runner.handler) is circuit
         ]
+        if turn % 2 and self._clock.monotonic() < circuit.state.until + _SAMPLE_FOR:
+            for runner in sharing:
+                runner.flow.sample()
+            return
+        first = turn // 2 % max(1, len(sharing))
+        sharing = sharing[first:] + sharing[:first]
         for runner in sharing:
             for row in await self._retries.claim(runner.handler.name, 1, due_or_not=True):
-                circuit.tell(Signal.PROBE)
                 await runner.run_at_once(row)
+                return
+        for runner in sharing:
+            if await self._try_suspect(runner):
                 return
         for runner in sharing:
             runner.flow.sample()
@@ -157,13 +168,15 @@ class HandlerGroup:
         names, self._suspects = self._suspects, set()
         for name in sorted(names):
             runner = self.runners[name]
-            while runner.flow.is_open:
-                async with self._tools.isolation.alone():
-                    rows = await self._retries.claim(name, 1, suspects=True)
-                    for row in rows:
-                        await runner.run_at_once(row)
-                if not rows:
-                    break
+            while runner.flow.is_free and await self._try_suspect(runner):
+                pass
+
+    async def _try_suspect(self, runner: HandlerRunner) -> bool:
+        async with self._tools.isolation.alone():
+            rows = await self._retries.claim(runner.handler.name, 1, suspects=True)
+            for row in rows:
+                await runner.run_at_once(row)
+        return bool(rows)
 
     async def _renew_loop(self) -> None:
         while True:

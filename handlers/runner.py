@@ -97,9 +97,8 @@ class HandlerRunner:
             handler.queue.name,
             self._intake,
             bus=tools.bus,
-            retries=tools.retries,
             circuit=circuit,
-            forget=self._forget,
+            give_back=self._give_back,
         )
         self.slots = Slots(handler.concurrency)
         self.pace = Pace(tools.clock)
@@ -122,7 +121,7 @@ class HandlerRunner:
     @property
     def room(self) -> int:
         """How many waiting messages it should be given now."""
-        return max(0, 2 * self.slots.limit - len(self.parked)) if self.flow.is_open else 0
+        return max(0, 2 * self.slots.limit - len(self.parked)) if self.flow.is_free else 0
 
     async def start(self) -> None:
         """Start to consume; the queue must have been declared."""
@@ -154,10 +153,9 @@ class HandlerRunner:
         await self._committing.stop()
         await self._give_back(list(self.parked.values()))
 
-    def _forget(self, row: UUID) -> None:
-        self.parked.pop(row, None)
-
     async def _give_back(self, rows: Sequence[Waiting]) -> None:
+        for row in rows:
+            self.parked.pop(row.id, None)
         try:
             await self._tools.retries.give_back(rows)
         except Exception as error:  # noqa: BLE001  # it must not keep the process from ending: their lease ends, too
@@ -186,7 +184,6 @@ class HandlerRunner:
     async def _abandon(self, item: Item) -> None:
         """Give a row back whose try cannot be made now."""
         if (row := row_of(item)) is not None:
-            self.parked.pop(row.id, None)
             await self._give_back([row])
             await item.delivery.requeue()
 
@@ -255,7 +252,8 @@ class HandlerRunner:
                 if self.handler.key is None:
                     self.slots.release()
                 return False
-        if self._circuit is not None and self._circuit.state.probing:
+        if self._circuit is not None and self._circuit.wants_probe:
+            self._circuit.tell(Signal.PROBE)
             self._probe = envelope.key
         self._running[envelope.key] = []
         task = asyncio.create_task(self._run(item, envelope, at_once=at_once))
@@ -287,6 +285,11 @@ class HandlerRunner:
         once = self._once_in_transaction if self.handler.session_parameter else self._once
         try:
             async with self._place(envelope, at_once=at_once):
+                if not at_once and not self._may_run(envelope):
+                    self._release(envelope.key)
+                    self._intake.put_back([item])
+                    self.flow.left_over()
+                    return
                 outcome = await self.execution.run(
                     item, envelope, lambda message, context: once(item, envelope, message, context)
                 )
@@ -321,6 +324,10 @@ class HandlerRunner:
             self._intake.put_back([item])
         else:
             self._settled(item)
+
+    def _may_run(self, envelope: Envelope) -> bool:
+        """Say whether a message may be tried: while it waited for its place the breaker may have opened."""
+        return self._circuit is None or self._circuit.is_closed or self._probe == envelope.key
 
     @asynccontextmanager
     async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:

@@ -32,6 +32,7 @@ from handlers.definition import Handler
 from handlers.fence import Fence
 from handlers.group import HandlerGroup
 from handlers.keys import KeyLocks
+from handlers.operations import Operations
 from handlers.retries import Retries
 from handlers.tables import inbox, retry
 from handlers.tools import Tools
@@ -348,6 +349,17 @@ class Stage:
         await group.start()
         self._groups.append(group)
         return group
+
+    async def pause(self, group: HandlerGroup, name: str, *, paused: bool = True) -> None:
+        """Pause a handler or let it go on, as an operator does, and wait until its process has followed."""
+        operations = Operations(self.engine, ids=self.ids)
+        await operations.change(name, by="ada", reason="a test", now=self.clock.now(), paused=paused)
+
+        async def has_followed() -> bool:
+            return group.runners[name].flow.is_open is not paused
+
+        await self.clock.pass_sleep(1.0)
+        await until(has_followed)
 
     async def send(self, *sent: Envelope, exchange: Exchange = Exchange.COMMANDS) -> None:
         """Publish envelopes of one type in one bundle."""

@@ -120,7 +120,7 @@ def test_a_circuit_tells_who_listens_and_writes_a_line(caplog: pytest.LogCapture
     opened, clock = circuit()
     told: list[Phase] = []
     opened.listen(lambda: told.append(opened.state.phase))
-    assert [opened.failed(BankError()) for _ in range(3)] == [True, True, False], "news, until it is known"
+    assert [opened.failed(BankError(), str(n)) for n in range(3)] == [True, True, False], "attempts, until it is known"
     clock.advance(5)
     opened.tell(Signal.TICK)
     assert opened.wants_probe
@@ -128,7 +128,7 @@ def test_a_circuit_tells_who_listens_and_writes_a_line(caplog: pytest.LogCapture
     assert not opened.wants_probe
     opened.succeeded()
     assert opened.is_closed
-    assert told == [Phase.OPEN, Phase.HALF_OPEN, Phase.CLOSED]
+    assert told == [Phase.OPEN, Phase.HALF_OPEN, Phase.HALF_OPEN, Phase.CLOSED], "also when the single try begins"
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(" (")[0] for line in lines] == [
         "the breaker of bank is open now",
@@ -140,6 +140,28 @@ def test_a_circuit_tells_who_listens_and_writes_a_line(caplog: pytest.LogCapture
 
 def test_an_error_that_does_not_speak_of_the_dependency_is_an_answer() -> None:
     closed, _ = circuit()
-    assert all(closed.failed(ValueError()) for _ in range(20))
+    assert all(closed.failed(ValueError(), str(n)) for n in range(20))
     assert closed.is_closed
     assert closed.state.failures == 0
+
+
+def test_a_message_that_fails_again_and_again_says_little_of_the_dependency() -> None:
+    """A few broken cards in a quiet hour once opened the breaker of all others."""
+    closed, _ = circuit()
+    assert all(closed.failed(BankError(), "a broken card") for _ in range(20))
+    assert closed.is_closed
+    assert closed.failed(BankError(), "another")
+    assert not closed.is_closed
+
+
+def test_the_single_try_is_an_attempt_of_its_message() -> None:
+    """Without that a message that only ever fails itself would be tried for ever, and nothing else."""
+    opened, clock = circuit()
+    opened.failed(BankError(), "1")
+    opened.failed(BankError(), "2")
+    clock.advance(5)
+    opened.tell(Signal.TICK)
+    opened.tell(Signal.PROBE)
+    assert opened.failed(BankError(), "1")
+    assert opened.state.phase is Phase.OPEN
+    assert not opened.failed(BankError(), "3"), "it began before"
