@@ -2,7 +2,9 @@
 
 import getpass
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -15,21 +17,24 @@ from coordinator import process
 from coordinator.node import open_reading, open_schema
 from coordinator.settings import load_settings
 from events.clock import SystemClock
+from events.dead_letters import DEAD
 from events.errors import ConfigurationError
 from events.ids import TimeOrderedIds
-from handlers.replay import DeadLetters, Query
+from handlers.replay import DeadLetters, Query, with_data
 
 dead_letters = typer.Typer(help="Look at what was given up on, and replay it.", no_args_is_help=True)
 
 out = Console()
 
-Ids = Annotated[list[UUID] | None, typer.Argument(metavar="[ID]...", help="the ids of letters")]
-Id = Annotated[UUID, typer.Argument(metavar="ID", help="the id of a letter")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="the ids of letters, or their begins")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="the id of a letter, or its begin")]
 OfHandler = Annotated[str | None, typer.Option("--handler", help="given up on by this handler")]
 OfReason = Annotated[str | None, typer.Option("--reason", help="for this reason")]
 OfGroup = Annotated[str | None, typer.Option("--fingerprint", help="for this cause, as `list --groups` names it")]
 OfType = Annotated[str | None, typer.Option("--type", help="messages of this type")]
 OfSaga = Annotated[UUID | None, typer.Option("--saga", help="messages of this saga")]
+Since = Annotated[datetime | None, typer.Option(help="that died at this time (UTC) or later")]
+Until = Annotated[datetime | None, typer.Option(help="that died before this time (UTC)")]
 All = Annotated[bool, typer.Option("--all", help="all letters that are dead")]
 By = Annotated[str | None, typer.Option(help="who does it; by default the user's login")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
@@ -42,6 +47,8 @@ def list_letters(
     fingerprint: OfGroup = None,
     message_type: OfType = None,
     saga: OfSaga = None,
+    since: Since = None,
+    until: Until = None,
     status: Annotated[str, typer.Option(help="dead, replayed, discarded or any")] = "dead",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="how many, newest first")] = 50,
     groups: Annotated[bool, typer.Option("--groups", help="by cause instead")] = False,
@@ -50,7 +57,8 @@ def list_letters(
     """List letters, newest first, or their groups."""
     if status not in ("dead", "replayed", "discarded", "any"):
         raise ConfigurationError(f"--status takes dead, replayed, discarded or any, not {status!r}")
-    query = Query(None, handler, reason, fingerprint, message_type, saga, None if status == "any" else status)
+    wanted = None if status == "any" else status
+    query = Query(None, handler, reason, fingerprint, message_type, saga, wanted, _utc(since), _utc(until))
 
     async def work(letters: DeadLetters) -> None:
         if groups:
@@ -79,6 +87,8 @@ def replay_letters(
     fingerprint: OfGroup = None,
     message_type: OfType = None,
     saga: OfSaga = None,
+    since: Since = None,
+    until: Until = None,
     everything: All = False,
     rate: Annotated[float | None, typer.Option(min=0.001, help="letters a second; by default all at once")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, and do nothing")] = False,
@@ -87,13 +97,15 @@ def replay_letters(
     as_json: AsJson = False,
 ) -> None:
     """Give letters to the handler that failed, once more. Those of one saga go in their order."""
-    query = _narrow(ids, handler, reason, fingerprint, message_type, saga, everything=everything)
+    query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
+    _refuse_vague(query, ids, everything=everything)
 
     async def work(letters: DeadLetters) -> None:
+        wanted = await _named(letters, query, ids)
         if dry_run:
-            done = [planned async for planned in letters.plan(query, rate=rate)]
+            done = [planned async for planned in letters.plan(wanted, rate=rate)]
         else:
-            done = [planned async for planned in letters.replay(query, rate=rate, by=by or getpass.getuser(), why=why)]
+            done = [planned async for planned in letters.replay(wanted, rate=rate, by=by or _login(), why=why)]
         views.print_plan(out, done, dry_run=dry_run, as_json=as_json)
 
     _with_letters(work, writing=not dry_run)
@@ -102,17 +114,28 @@ def replay_letters(
 @dead_letters.command("edit")
 def edit_letter(
     letter: Id,
-    data: Annotated[Path, typer.Option(help="a file with the new `data`, a JSON object; - for standard input")],
+    data: Annotated[
+        Path | None, typer.Option(help="a file with the new `data`, a JSON object; - for standard input")
+    ] = None,
+    event: Annotated[
+        Path | None, typer.Option(help="a file with the whole event instead, for a letter that cannot be read")
+    ] = None,
     why: Annotated[str, typer.Option(help="why, for the record")] = "",
     by: By = None,
 ) -> None:
     """Give a letter other data. It is then replayed with these; the original is kept."""
-    if str(data) != "-" and not data.is_file():
-        raise ConfigurationError(f"there is no file {data}")
-    given = sys.stdin.buffer.read() if str(data) == "-" else data.read_bytes()
+    file = data or event
+    if file is None or (data and event):
+        raise ConfigurationError("say what is new: --data FILE, or --event FILE")
+    if str(file) != "-" and not file.is_file():
+        raise ConfigurationError(f"there is no file {file}")
+    given = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    who = by or _login()
 
     async def work(letters: DeadLetters) -> None:
-        views.print_letter(out, await letters.edit(letter, given, by=by or getpass.getuser(), why=why), as_json=False)
+        found = await letters.get(letter)
+        body = with_data(found, given) if data else given
+        views.print_letter(out, await letters.edit(found.id, body, by=who, why=why), as_json=False)
 
     _with_letters(work, writing=True)
 
@@ -126,33 +149,48 @@ def discard_letters(
     fingerprint: OfGroup = None,
     message_type: OfType = None,
     saga: OfSaga = None,
+    since: Since = None,
+    until: Until = None,
     everything: All = False,
     by: By = None,
 ) -> None:
     """Settle letters without a replay. They stay in the table."""
-    query = _narrow(ids, handler, reason, fingerprint, message_type, saga, everything=everything)
+    query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
+    _refuse_vague(query, ids, everything=everything)
+    who = by or _login()
 
     async def work(letters: DeadLetters) -> None:
-        count = await letters.discard(query, by=by or getpass.getuser(), why=why)
+        count = await letters.discard(await _named(letters, query, ids), by=who, why=why)
         out.print(f"{count} discarded", highlight=False)
 
     _with_letters(work, writing=True)
 
 
-def _narrow(
-    ids: list[UUID] | None,
-    handler: str | None,
-    reason: str | None,
-    fingerprint: str | None,
-    message_type: str | None,
-    saga: UUID | None,
-    *,
-    everything: bool,
-) -> Query:
-    query = Query(ids or None, handler, reason, fingerprint, message_type, saga)
-    if query.is_narrow == everything:
+def _refuse_vague(query: Query, ids: Sequence[str] | None, *, everything: bool) -> None:
+    if (query.is_narrow or bool(ids)) == everything:
         raise ConfigurationError("name letters by their ids or by --handler, --reason and so on, or say --all")
-    return query
+
+
+async def _named(letters: DeadLetters, query: Query, references: Sequence[str] | None) -> Query:
+    """Return `query` for the letters that were named, if any were; all of them must be dead."""
+    if not references:
+        return query
+    found = [await letters.get(each) for each in references]
+    for letter in found:
+        if letter.status != DEAD:
+            raise ConfigurationError(f"dead letter {letter.id} is {letter.status}; only what is dead can be settled")
+    return replace(query, ids=[letter.id for letter in found])
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return moment.replace(tzinfo=UTC) if moment else None
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, say
+        raise ConfigurationError("this user has no login name here; say who you are with --by") from None
 
 
 def _with_letters(work: Callable[[DeadLetters], Awaitable[None]], *, writing: bool = False) -> None:

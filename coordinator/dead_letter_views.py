@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from coordinator.views import plain, print_json
+from events.dead_letters import DEAD
 from handlers.replay import Group, Letter, Planned
 
 
@@ -17,9 +19,7 @@ def print_letters(console: Console, found: Sequence[Letter], *, as_json: bool) -
     if as_json:
         print_json(console, {"letters": [_document(each) for each in found]})
         return
-    table = Table(
-        Column("id", no_wrap=True, min_width=36), "handler", "message", "reason", "tries", "dead since", "error"
-    )
+    table = Table(_id_column(), "handler", "message", "reason", "tries", "dead since", "error")
     for each in found:
         row = (
             each.consumer,
@@ -71,13 +71,13 @@ def print_letter(console: Console, letter: Letter, *, as_json: bool) -> None:
         "saga": str(letter.saga_id or ""),
         "trace": (letter.traceparent or "")[3:35],
         "fingerprint": letter.fingerprint,
-        "settled": f"{_time(letter.settled_at)} {letter.settled_by or ''} {letter.settled_why or ''}".strip(),
+        "edited" if letter.status == DEAD else letter.status: _settled(letter),
     }
     for name, value in facts.items():
         if value:
-            console.print(f"{name}:", plain(value), highlight=False)
+            console.print(f"{name}:", _escaped(value), highlight=False)
     for name, value in letter.headers.items():
-        console.print("header", plain(f"{name}: {value}"), highlight=False)
+        console.print("header", _escaped(f"{name}: {value}"), highlight=False)
     console.rule("body")
     _print_lines(console, _pretty(letter.body))
     if letter.edited_body is not None:
@@ -97,6 +97,7 @@ def print_plan(console: Console, done: Sequence[Planned], *, dry_run: bool, as_j
                 "refused": planned.refused,
                 "after": planned.after,
                 "behind": str(planned.behind) if planned.behind else None,
+                "held_by": str(planned.held_by) if planned.held_by else None,
             }
             for planned in done
         ]
@@ -104,13 +105,15 @@ def print_plan(console: Console, done: Sequence[Planned], *, dry_run: bool, as_j
             console, {"replayed": replayed, "refused": len(done) - replayed, "dry_run": dry_run, "letters": letters}
         )
         return
-    table = Table(Column("id", no_wrap=True, min_width=36), "handler", "message", "what happens")
+    table = Table(_id_column(), "handler", "message", "what happens")
     for planned in done:
         letter = planned.letter
         table.add_row(str(letter.id), plain(letter.consumer), plain(letter.message_type or ""), plain(_said(planned)))
     console.print(table)
     verb = "would be replayed" if dry_run else "replayed"
     console.print(f"{replayed} {verb}, {len(done) - replayed} not", highlight=False)
+    if held := sum(planned.held_by is not None for planned in done):
+        console.print(f"{held} of them wait until a letter before them is discarded", highlight=False)
 
 
 def _id_column() -> Column:
@@ -121,7 +124,11 @@ def _said(planned: Planned) -> str:
     if planned.refused is not None:
         return f"not replayed: {planned.refused}"
     said = f"after {planned.after:.1f} s" if planned.after else "at once"
-    return f"{said}, behind {planned.behind} of the same saga" if planned.behind else said
+    if planned.behind is not None:
+        said += f", but waits behind {planned.behind} of the same saga"
+    if planned.held_by is not None:
+        said += f", until {planned.held_by} is discarded, which cannot be replayed"
+    return said
 
 
 def _document(letter: Letter, *, whole: bool = False) -> dict[str, Any]:
@@ -174,7 +181,20 @@ def _pretty(body: bytes) -> str:
 
 def _print_lines(console: Console, text: str) -> None:
     for line in text.splitlines():
-        console.print(plain(line), soft_wrap=True)
+        console.print(_escaped(line), soft_wrap=True)
+
+
+def _escaped(text: str) -> Text:
+    """Return text from outside with what is not printable written as escapes: nothing of it is lost, or obeyed."""
+    return Text("".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text))
+
+
+def _settled(letter: Letter) -> str:
+    if letter.settled_by is None:
+        return ""
+    return f"{_time(letter.settled_at)} by {letter.settled_by}" + (
+        f": {letter.settled_why}" if letter.settled_why else ""
+    )
 
 
 def _time(moment: datetime | None) -> str:

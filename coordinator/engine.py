@@ -201,6 +201,7 @@ class Engine:
         await self._store.record(connection, batch.history)
         if batch.letters:
             await bury(connection, batch.letters, ids=self._ids, now=self._store.clock.now())
+        await self._replays.remove(connection, items)
         messages = [message for _, message in batch.messages]
         hand_over = await self._outbox.write(connection, messages, completed_by(items))
 

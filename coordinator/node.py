@@ -127,6 +127,7 @@ class Node:
             limits=self._settings.limits,
         )
         self._stack.push_async_callback(letters.stop)
+        self._watched.append(lambda: letters.failing)
         await letters.start()
         if engine is not None:
             self._stack.push_async_callback(engine.stop)

@@ -1,30 +1,16 @@
 """Dead letters of the coordinator that are replayed: rows that it takes like deliveries."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.batch import CONSUMER
 from events.clock import Clock
-from events.database import transaction
 from events.ids import Ids
-from events.intake import Intake
-from handlers.retries import Parked, Retries
+from events.intake import Intake, Item
+from handlers.retries import Parked, Retries, row_of
 
 _MOST = 100
-
-
-@dataclass(slots=True)
-class _Replay(Parked):
-    """A row that is deleted when it is acknowledged: deciding on it twice changes nothing."""
-
-    replays: "Replays | None" = None
-
-    async def ack(self) -> None:
-        """See `Delivery.ack`."""
-        if self.replays is not None:
-            await self.replays.remove(self)
-        self.settled.set()
 
 
 class Replays:
@@ -37,22 +23,24 @@ class Replays:
     """
 
     def __init__(self, engine: AsyncEngine, intake: Intake, *, clock: Clock, ids: Ids) -> None:
-        self._engine = engine
         self._intake = intake
         self._retries = Retries(engine, clock=clock, ids=ids)
+        self._given: list[Parked] = []
 
     async def take(self) -> int:
-        """Take what is due; return how many there were."""
+        """Take what is due, unless some of it is still in work; return how many there were."""
+        if any(not parked.settled.is_set() for parked in self._given):  # they would be taken again with each lease
+            return 0
         await self._retries.clock.calibrate_if_old()
         if CONSUMER not in await self._retries.count_due():
             return 0
         rows = await self._retries.claim(CONSUMER, _MOST)
         rows += await self._retries.claim(CONSUMER, _MOST - len(rows), suspects=True)
-        for row in rows:
-            self._intake.deliver(_Replay(row, replays=self))
+        self._given = [Parked(row) for row in rows]
+        for parked in self._given:
+            self._intake.deliver(parked)
         return len(rows)
 
-    async def remove(self, delivery: Parked) -> None:
-        """Delete the row of a delivery: what followed from it is committed."""
-        async with transaction(self._engine) as connection:
-            await self._retries.remove(connection, [delivery.row])
+    async def remove(self, connection: AsyncConnection, items: Iterable[Item]) -> None:
+        """Delete the rows that `items` came from, in the commit of what follows. May stand in a block of `together`."""
+        await self._retries.remove(connection, [row for item in items if (row := row_of(item)) is not None])

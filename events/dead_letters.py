@@ -10,13 +10,14 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from events.bulk import Bulk
+from events.bulk import Bulk, Lookup
 from events.codec import Readable
 from events.ids import Ids
 from events.intake import Item
 from events.tables import dead_letter
 
 _MAX_DETAIL = 8000
+_MAX_HEAD = 2000  # of these; the rest is the end, where a stack names the error
 _insert = Bulk(
     dead_letter,
     "id",
@@ -51,9 +52,14 @@ _reopen = Bulk(
     "settled_by",
     "settled_why",
 )
+_tries = Lookup(dead_letter, "id", "attempts", key="id")
 BUS = "bus"  # stands as the consumer of what no queue took
 DEAD = "dead"  # the status of a letter that nobody has settled
-_frame = re.compile(r'^\s*File "([^"]*)", line \d+, in (\S+)', re.MULTILINE)
+# What RabbitMQ says of its own dead letters ("Dead Letter Exchanges", x-first-death-reason): no handler gave them up,
+# and one may well have handled them.
+BROKER_REASONS = frozenset({"delivery_limit", "expired", "maxlen", "rejected"})
+_frame = re.compile(r'^[ \t|+-]*File "([^"\n]*)", line \d+, in (\S+)', re.MULTILINE)
+_runtime = re.compile(r"(^|/)(handlers/(execution|runner)\.py|tenacity/.*)$")  # differs from try to try
 _particular = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|0x[0-9a-f]+|\d+|'[^']*'|\"[^\"]*\"", re.IGNORECASE)
 
 
@@ -84,61 +90,83 @@ class DeadLetter:
     @property
     def fingerprint(self) -> str:
         """What letters have in common that died of the same cause: where it was raised, or what was said of it."""
-        frames = _frame.findall(self.detail)
-        cause = "\n".join(f"{file} {function}" for file, function in frames)
-        cause = cause or _particular.sub("?", self.detail)
+        places = ((file.replace("\\", "/"), function) for file, function in _frame.findall(self.detail))
+        frames = [f"{_short(file)} {function}" for file, function in places if not _runtime.search(file)]
+        cause = "\n".join(dict.fromkeys(frames)) or _particular.sub("?", self.detail)
         what = "\n".join((self.consumer, self.reason, self.error_type or "", cause))
         return hashlib.sha256(what.encode(errors="backslashreplace")).hexdigest()[:12]
 
 
 async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, ids: Ids, now: datetime) -> None:
-    """Store `letters` in the open transaction; the bytes stay as they came. May stand in a block of `together`."""
-    again = [
-        (
-            letter.reopens,
-            letter.reason,
-            storable(letter.detail)[:_MAX_DETAIL],
-            letter.attempts,
-            now,
-            letter.error_type,
-            letter.fingerprint,
-            DEAD,
-            None,
-            None,
-            None,
-        )
-        for letter in letters
-        if letter.reopens is not None
-    ]
-    await _reopen.update(connection, again, key="id")
-    rows = []
+    """Store `letters` in the open transaction; the bytes stay as they came. May stand in a block of `together`.
+
+    Tries of one that was replayed in vain are added to those before. If its row is gone it becomes a new letter.
+    """
+    reopened = [letter.reopens for letter in letters if letter.reopens is not None]
+    found = await _tries.find(connection, reopened) if reopened else []
+    tried: dict[UUID | None, int] = {row[0]: row[1] for row in found}
+    again, fresh = [], []
     for letter in letters:
-        if letter.reopens is not None:
-            continue
-        part, delivery = letter.item.part, letter.item.delivery
-        envelope = part.envelope if isinstance(part, Readable) else None
-        rows.append(
-            (
-                ids.new(),
-                letter.consumer,
-                letter.reason,
-                storable(letter.detail)[:_MAX_DETAIL],
-                part.raw,
-                delivery.content_type and storable(delivery.content_type),
-                plain_headers(delivery.headers),
-                envelope and envelope.id,
-                envelope and envelope.type,
-                envelope.saga.saga_id if envelope and envelope.saga else None,
-                envelope and envelope.traceparent,
-                letter.attempts,
-                now,
-                letter.error_type,
-                letter.first_at or now,
-                letter.fingerprint,
-                DEAD,
-            )
-        )
-    await _insert.insert(connection, rows)
+        if letter.reopens in tried:
+            again.append(_reopened(letter, tried[letter.reopens], now))
+        else:
+            fresh.append(_row(letter, ids.new(), now))
+    await _reopen.update(connection, again, key="id")
+    await _insert.insert(connection, fresh)
+
+
+def _reopened(letter: DeadLetter, tried: int, now: datetime) -> tuple[Any, ...]:
+    return (
+        letter.reopens,
+        letter.reason,
+        _detail(letter.detail),
+        tried + letter.attempts,
+        now,
+        letter.error_type,
+        letter.fingerprint,
+        DEAD,
+        None,
+        None,
+        None,
+    )
+
+
+def _row(letter: DeadLetter, id: UUID, now: datetime) -> tuple[Any, ...]:
+    part, delivery = letter.item.part, letter.item.delivery
+    envelope = part.envelope if isinstance(part, Readable) else None
+    return (
+        id,
+        letter.consumer,
+        letter.reason,
+        _detail(letter.detail),
+        part.raw,
+        delivery.content_type and storable(delivery.content_type),
+        plain_headers(delivery.headers),
+        envelope and envelope.id,
+        envelope and envelope.type,
+        envelope.saga.saga_id if envelope and envelope.saga else None,
+        envelope and envelope.traceparent,
+        letter.attempts,
+        now,
+        letter.error_type,
+        letter.first_at or now,
+        letter.fingerprint,
+        DEAD,
+    )
+
+
+def _detail(text: str) -> str:
+    """Return `text` as it is stored: both ends of what is too long, since a stack begins with us and ends with why."""
+    text = storable(text)
+    if len(text) <= _MAX_DETAIL:
+        return text
+    gap = "\n...\n"
+    return text[:_MAX_HEAD] + gap + text[_MAX_HEAD + len(gap) - _MAX_DETAIL :]
+
+
+def _short(file: str) -> str:
+    """Return the end of a path: where the code is installed says nothing of a cause."""
+    return "/".join(file.split("/")[-2:])
 
 
 def storable(text: str) -> str:

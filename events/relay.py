@@ -30,7 +30,7 @@ from events.outbox import ADDED, AfterCommit, Outbound
 from events.service import Supervisor, is_cancelled
 from events.storeclock import StoreClock
 from events.tables import Timestamp, outbox
-from events.unroutable import age_of, unroutable_letter
+from events.unroutable import age_of, log_given_up, unroutable_letter
 
 logger = logging.getLogger(__name__)
 
@@ -300,6 +300,8 @@ class Relay:
             await _postpone.update(connection, rows, key="id")
             await bury(connection, [letter for _, letter in letters], ids=self._ids, now=now)
             await delete_by_id(connection, outbox, [entry.id for entry, _ in letters])
+        for entry, _ in letters:
+            log_given_up(entry.address)
 
     async def _delete_loop(self) -> None:
         while True:

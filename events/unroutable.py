@@ -1,5 +1,6 @@
 """Messages that no queue has taken for too long: they leave the outbox for the dead letters."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from events.dead_letters import BUS, DeadLetter
 from events.errors import UnroutableError
 from events.intake import Intake
 
+_log = logging.getLogger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -42,3 +44,13 @@ def unroutable_letter(body: bytes, address: Address, error: UnroutableError, att
     headers = {"exchange": address.exchange.value, "routing_key": address.key}
     [item] = Intake(Limits(len(body))).read(_Unsent(body, headers))
     return DeadLetter(item, BUS, error.code, str(error), attempts)
+
+
+def log_given_up(address: Address) -> None:
+    """Say that a message is a dead letter now; to be called after the commit."""
+    _log.error(
+        "no queue has taken %s %s for too long; it is a dead letter now",
+        address.exchange.value,
+        address.key,
+        extra={"action": "relay.given_up", "routing_key": address.key},
+    )

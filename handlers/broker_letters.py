@@ -10,7 +10,7 @@ from events.bus import DEAD_LETTERS, Bus, Consumer
 from events.clock import Clock
 from events.codec import Limits
 from events.database import is_transient, transaction
-from events.dead_letters import BUS, DeadLetter, bury
+from events.dead_letters import BROKER_REASONS, BUS, DeadLetter, bury
 from events.ids import Ids
 from events.intake import Intake, Item, completed_by, settle
 from events.outbox import Outbox
@@ -45,6 +45,11 @@ class BrokerLetters:
         self._intake = Intake(limits)
         self._supervisor = Supervisor(clock)
         self._consumer: Consumer | None = None
+
+    @property
+    def failing(self) -> frozenset[str]:
+        """The names of its background tasks that have failed and wait to be started again."""
+        return self._supervisor.failing
 
     async def start(self) -> None:
         """Start to take them."""
@@ -87,9 +92,10 @@ class BrokerLetters:
 
 def _letter(item: Item) -> DeadLetter:
     headers = item.delivery.headers
-    reason = _text(headers.get("x-first-death-reason")) or "delivery_limit"
+    said = _text(headers.get("x-first-death-reason")) or "delivery_limit"
     queue = _text(headers.get("x-first-death-queue"))
-    detail = f"the broker gave it up: {reason}" + (f" in queue {queue}" if queue else "")
+    detail = f"the broker gave it up: {said}" + (f" in queue {queue}" if queue else "")
+    reason = said if said in BROKER_REASONS else "rejected"  # anybody can send such a header
     return DeadLetter(item, _consumer(queue), reason, detail, attempts=0)
 
 

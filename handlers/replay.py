@@ -4,6 +4,7 @@ A replay puts the letter's message where messages wait to be tried again, for th
 same event id. Letters of one saga are replayed in their order: each waits until those before it are handled.
 """
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
@@ -17,9 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events.bus import Address, Exchange
 from events.clock import Clock
-from events.codec import Limits, Readable, read_body
+from events.codec import Limits, Part, Readable, read_body
 from events.database import reader, transaction
-from events.dead_letters import BUS, DEAD
+from events.dead_letters import BROKER_REASONS, BUS, DEAD
 from events.envelope import Direction, Envelope
 from events.errors import ConfigurationError
 from events.ids import Ids
@@ -28,17 +29,19 @@ from events.relay import Entry, insert_entries
 from events.tables import dead_letter
 from handlers.inbox import OF_SAGAS
 from handlers.retries import Retries, Waiting
-from handlers.tables import inbox
+from handlers.tables import inbox, retry
 
 REPLAYED, DISCARDED = "replayed", "discarded"
 _PAGE = 500
 _GONE_ON = "its saga was told that it failed and has gone on; what it would do now was, or will be, undone"
 _UNKNOWN_WAY = "it is not known where it was sent to"
+_EXACT = ("consumer", "reason", "fingerprint", "message_type", "saga_id", "status")
+_begin_of_id = re.compile(r"[0-9a-f]{1,32}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Which letters are meant; None is any."""
+    """Which letters are meant; None is any. `since` and `until` limit when they died."""
 
     ids: Sequence[UUID] | None = None
     consumer: str | None = None
@@ -47,6 +50,8 @@ class Query:
     message_type: str | None = None
     saga_id: UUID | None = None
     status: str | None = DEAD
+    since: datetime | None = None
+    until: datetime | None = None
 
     @property
     def is_narrow(self) -> bool:
@@ -55,13 +60,13 @@ class Query:
 
     def condition(self) -> ColumnElement[bool]:
         """Return this as a condition on the table."""
-        found = [
-            dead_letter.c[each.name] == value
-            for each in fields(self)
-            if each.name != "ids" and (value := getattr(self, each.name)) is not None
-        ]
+        found = [dead_letter.c[name] == value for name in _EXACT if (value := getattr(self, name)) is not None]
         if self.ids is not None:
             found.append(dead_letter.c.id.in_(self.ids))
+        if self.since is not None:
+            found.append(dead_letter.c.dead_at >= self.since)
+        if self.until is not None:
+            found.append(dead_letter.c.dead_at < self.until)
         return and_(True, *found)  # SQLAlchemy's way to begin with nothing
 
 
@@ -93,8 +98,20 @@ class Letter:
 
     @property
     def summary(self) -> str:
-        """The last line of the detail: of a stack that is the error."""
-        return next((line for line in reversed(self.detail.splitlines()) if line.strip()), "")
+        """The first line of the error; of a detail that is no stack the last one."""
+        lines = [line for line in reversed(self.detail.splitlines()) if line.strip()]
+        errors = (line for line in lines if self.error_type and line.lstrip(" |+").startswith(self.error_type))
+        return next(errors, lines[0] if lines else "")
+
+    @property
+    def to_send(self) -> bytes:
+        """The body that a replay takes."""
+        return self.edited_body or self.body
+
+    @property
+    def was_given_up_by_broker(self) -> bool:
+        """Whether no handler has given it up: one may have handled it, and then it is not to be handled again."""
+        return self.reason in BROKER_REASONS and self.error_type is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +136,7 @@ class Planned:
         refused: why it is not replayed, if it is not.
         after: the seconds after which it is due.
         behind: the older letter of its saga behind which it waits.
+        held_by: an older letter of its saga that cannot be replayed: this one waits until that is discarded.
         envelope: its message.
     """
 
@@ -126,6 +144,7 @@ class Planned:
     refused: str | None = None
     after: float = 0.0
     behind: UUID | None = None
+    held_by: UUID | None = None
     envelope: Envelope | None = None
 
 
@@ -154,15 +173,23 @@ class DeadLetters:
         async with self._reader.connect() as connection:
             return [_letter(row) for row in (await connection.execute(statement)).mappings()]
 
-    async def get(self, id: UUID) -> Letter:
-        """Return one letter, whatever its status.
+    async def get(self, reference: UUID | str) -> Letter:
+        """Return the letter with this id, or whose id alone begins so, whatever its status.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: there is none, or there are several.
         """
-        found = await self.find(Query(ids=[id], status=None))
+        begin = str(reference).replace("-", "").lower()
+        if not _begin_of_id.fullmatch(begin):
+            raise ConfigurationError(f"{str(reference)!r} is no id of a dead letter, nor the begin of one")
+        ids = (UUID(begin.ljust(32, "0")), UUID(begin.ljust(32, "f")))
+        statement = dead_letter.select().where(dead_letter.c.id.between(*ids)).limit(2)
+        async with self._reader.connect() as connection:
+            found = [_letter(row) for row in (await connection.execute(statement)).mappings()]
         if not found:
-            raise ConfigurationError(f"there is no dead letter {id}")
+            raise ConfigurationError(f"there is no dead letter {reference}")
+        if len(found) > 1:
+            raise ConfigurationError(f"several dead letters begin with {reference}; give more of the id")
         return found[0]
 
     async def groups(self, query: Query) -> list[Group]:
@@ -183,7 +210,12 @@ class DeadLetters:
     # Replaying
 
     async def plan(self, query: Query, *, rate: float | None = None) -> AsyncIterator[Planned]:
-        """Say what `replay` would do, letter by letter, oldest first. Nothing is changed."""
+        """Say what `replay` would do, letter by letter, oldest first. Nothing is changed.
+
+        Raises:
+            ConfigurationError: the rate is none.
+        """
+        _check(rate)
         number, last = 0, UUID(int=0)
         while True:
             async with self._reader.connect() as connection:
@@ -202,7 +234,11 @@ class DeadLetters:
         """Replay letters, `rate` a second at most; return what was done, letter by letter, oldest first.
 
         Each page of letters is one transaction: what was returned is done.
+
+        Raises:
+            ConfigurationError: the rate is none.
         """
+        _check(rate)
         await self._retries.clock.calibrate()
         number, last = 0, UUID(int=0)
         begun = self._retries.clock.now()
@@ -212,7 +248,8 @@ class DeadLetters:
                 page = await self._plan(connection, letters, number, rate)
                 replayed = [planned for planned in page if planned.refused is None]
                 await self._send_back(connection, replayed, begun)
-                await self._settle(connection, [each.letter.id for each in replayed], REPLAYED, by, why)
+                ids = [each.letter.id for each in replayed]
+                await self._record(connection, Query(ids=ids), by, why, status=REPLAYED)
             for planned in page:
                 yield planned
             if not letters:
@@ -230,34 +267,40 @@ class DeadLetters:
     async def _plan(
         self, connection: AsyncConnection, letters: Sequence[Letter], number: int, rate: float | None
     ) -> list[Planned]:
-        older = await self._dead_of_sagas(connection, {letter.saga_id for letter in letters if letter.saga_id})
+        older = await self._unhandled_of_sagas(connection, {letter.saga_id for letter in letters if letter.saga_id})
         page = []
         for letter in letters:
             planned = self._judge(letter)
             if planned.refused is None:
-                before = [each for each in older.get(letter.saga_id, []) if each < letter.id] if letter.saga_id else []
-                after = number / rate if rate else 0.0
-                planned = replace(planned, after=after, behind=max(before, default=None))
+                planned = replace(planned, after=number / rate if rate else 0.0)
                 number += 1
+            if planned.refused is None and letter.saga_id is not None and letter.consumer != BUS:
+                before = {each: stays for each, stays in older.get(letter.saga_id, {}).items() if each < letter.id}
+                held_by = max((each for each, stays in before.items() if stays), default=None)
+                planned = replace(planned, behind=max(before, default=None), held_by=held_by)
             page.append(planned)
         return page
 
-    async def _dead_of_sagas(self, connection: AsyncConnection, sagas: AbstractSet[UUID]) -> dict[UUID, list[UUID]]:
-        found: dict[UUID, list[UUID]] = {}
+    async def _unhandled_of_sagas(
+        self, connection: AsyncConnection, sagas: AbstractSet[UUID]
+    ) -> dict[UUID, dict[UUID, bool]]:
+        """Return the letters of `sagas` that are dead or being replayed, and whether each cannot be replayed."""
+        found: dict[UUID, dict[UUID, bool]] = {}
         if sagas:
-            columns = dead_letter.c
-            statement = select(columns.saga_id, columns.id).where(columns.saga_id.in_(sagas), columns.status == DEAD)
-            for saga_id, letter in await connection.execute(statement):
-                found.setdefault(saga_id, []).append(letter)
+            dead = dead_letter.select().where(dead_letter.c.saga_id.in_(sagas), dead_letter.c.status == DEAD)
+            for letter in [_letter(row) for row in (await connection.execute(dead)).mappings()]:
+                if letter.saga_id is not None:
+                    found.setdefault(letter.saga_id, {})[letter.id] = self._judge(letter).refused is not None
+            columns = retry.c.saga_id, retry.c.dead_letter_id
+            waiting = select(*columns).where(retry.c.saga_id.in_(sagas), retry.c.dead_letter_id.is_not(None))
+            for saga_id, replayed in await connection.execute(waiting):
+                found.setdefault(saga_id, {}).setdefault(replayed, False)
         return found
 
     def _judge(self, letter: Letter) -> Planned:
         if letter.consumer == BUS and _address(letter) is None:
             return Planned(letter, _UNKNOWN_WAY)
-        body = letter.edited_body or letter.body
-        parts = read_body(
-            body, content_type=letter.content_type, headers=letter.headers, encoding=None, limits=self._limits
-        )
+        parts = self._read(letter, letter.to_send)
         part = parts[0]
         if len(parts) > 1 or not isinstance(part, Readable):
             why = "it holds several messages" if isinstance(part, Readable) else str(part.error)
@@ -267,22 +310,29 @@ class DeadLetters:
             return Planned(letter, _GONE_ON)
         return Planned(letter, envelope=part.envelope)
 
+    def _read(self, letter: Letter, body: bytes) -> list[Part]:
+        return read_body(
+            body, content_type=letter.content_type, headers=letter.headers, encoding=None, limits=self._limits
+        )
+
     async def _send_back(self, connection: AsyncConnection, replayed: Sequence[Planned], begun: datetime) -> None:
-        waiting, entries = [], []
+        waiting: list[Waiting] = []
+        entries: list[Entry] = []
+        failures: dict[str, list[UUID]] = {}  # recorded as handled: keys by their consumer
         for planned in replayed:
-            envelope = planned.envelope
+            letter, envelope = planned.letter, planned.envelope
             if envelope is None:
                 continue
-            if (address := _address(planned.letter)) is not None:
-                body = planned.letter.edited_body or planned.letter.body
-                entries.append(
-                    Entry(self._ids.new(), address, DEFAULT_BUNDLE, body, envelope.traceparent, envelope.tracestate)
-                )
+            if (address := _address(letter)) is not None:
+                trace = envelope.traceparent, envelope.tracestate
+                entries.append(Entry(self._ids.new(), address, DEFAULT_BUNDLE, letter.to_send, *trace))
                 continue
-            waiting.append(self._waiting(planned.letter, envelope, begun + timedelta(seconds=planned.after)))
-        for row in waiting:  # it was recorded as handled, by a failure
-            own = inbox.c.consumer.in_((row.consumer, OF_SAGAS))
-            await connection.execute(inbox.delete().where(inbox.c.message_key == row.key, own))
+            waiting.append(self._waiting(letter, envelope, begun + timedelta(seconds=planned.after)))
+            if not letter.was_given_up_by_broker:
+                failures.setdefault(letter.consumer, []).append(envelope.key)
+        for consumer, keys in failures.items():
+            own = inbox.c.consumer.in_((consumer, OF_SAGAS))
+            await connection.execute(inbox.delete().where(inbox.c.message_key.in_(keys), own))
         await self._retries.add(connection, waiting)
         if entries:
             await insert_entries(connection, entries, due_at=begun)
@@ -292,12 +342,12 @@ class DeadLetters:
             id=self._ids.new(),
             consumer=letter.consumer,
             key=envelope.key,
-            body=letter.edited_body or letter.body,
+            body=letter.to_send,
             content_type=letter.content_type,
             headers=letter.headers,
             message_id=envelope.id,
             message_type=envelope.type,
-            saga_id=letter.saga_id,
+            saga_id=envelope.saga.saga_id if envelope.saga else None,
             traceparent=envelope.traceparent,
             first_at=due_at,
             due_at=due_at,
@@ -306,47 +356,67 @@ class DeadLetters:
 
     # Editing and discarding
 
-    async def edit(self, id: UUID, data: bytes, *, by: str, why: str = "") -> Letter:
-        """Give a dead letter other data; it is replayed with these, and the original is kept.
+    async def edit(self, id: UUID, body: bytes, *, by: str, why: str = "") -> Letter:
+        """Give a dead letter another body; it is replayed with this one, and the original is kept.
 
         Raises:
-            ConfigurationError: there is no such dead letter, or the data are no JSON object.
+            ConfigurationError: there is no such dead letter, or this is not the same message.
         """
         letter = await self.get(id)
-        if letter.status != DEAD:
+        parts = self._read(letter, body)
+        if not isinstance(parts[0], Readable):
+            raise ConfigurationError(f"nobody could read that: {parts[0].error}")
+        if len(parts) > 1:
+            raise ConfigurationError("these are several events; a letter is one")
+        [original, *_] = self._read(letter, letter.body)
+        if isinstance(original, Readable):
+            for name in ("id", "source", "type", "saga", "reply_to"):
+                if getattr(parts[0].envelope, name) != getattr(original.envelope, name):
+                    raise ConfigurationError(f"the event's {name} must stay as it was: it is the same message")
+        if not await self._settle(Query(ids=[letter.id]), by=by, why=why, edited_body=body):
             raise ConfigurationError(f"dead letter {id} is {letter.status}; only what is dead can be edited")
-        try:
-            document = from_json(letter.edited_body or letter.body)
-            changed = from_json(data)
-        except ValueError as error:
-            raise ConfigurationError(f"this is not JSON: {error}") from error
-        if not isinstance(document, dict) or not isinstance(changed, dict):
-            raise ConfigurationError("the data of an event are a JSON object")
-        body = to_json({**document, "data": changed} if "specversion" in document else changed)
-        [part] = read_body(
-            body, content_type=letter.content_type, headers=letter.headers, encoding=None, limits=self._limits
-        )
-        if not isinstance(part, Readable):
-            raise ConfigurationError(f"nobody could read that: {part.error}")
-        values = {"edited_body": body, "settled_by": by, "settled_why": why}
-        async with transaction(self._engine) as connection:
-            await connection.execute(dead_letter.update().where(dead_letter.c.id == id).values(**values))
-        return await self.get(id)
+        return await self.get(letter.id)
 
     async def discard(self, query: Query, *, by: str, why: str) -> int:
         """Settle letters without a replay; they stay in the table. Return how many there were."""
-        async with transaction(self._engine) as connection:
-            statement = select(dead_letter.c.id).where(query.condition(), dead_letter.c.status == DEAD)
-            ids = list((await connection.execute(statement)).scalars())
-            for begin in range(0, len(ids), _PAGE):
-                await self._settle(connection, ids[begin : begin + _PAGE], DISCARDED, by, why)
-        return len(ids)
+        return await self._settle(query, by=by, why=why, status=DISCARDED)
 
-    async def _settle(self, connection: AsyncConnection, ids: Sequence[UUID], status: str, by: str, why: str) -> None:
-        if ids:
-            now = self._retries.clock.now()
-            values = {"status": status, "settled_at": now, "settled_by": by, "settled_why": why}
-            await connection.execute(dead_letter.update().where(dead_letter.c.id.in_(ids)).values(**values))
+    async def _settle(self, query: Query, *, by: str, why: str, **values: Any) -> int:
+        """Record what is done with those of `query` that are dead, whatever others do with them at the same time."""
+        await self._retries.clock.calibrate()
+        async with transaction(self._engine) as connection:
+            return await self._record(connection, query, by, why, **values)
+
+    async def _record(self, connection: AsyncConnection, query: Query, by: str, why: str, **values: Any) -> int:
+        done = {"settled_at": self._retries.clock.now(), "settled_by": by, "settled_why": why, **values}
+        which = query.condition(), dead_letter.c.status == DEAD
+        return (await connection.execute(dead_letter.update().where(*which).values(**done))).rowcount
+
+
+def with_data(letter: Letter, data: bytes) -> bytes:
+    """Return the body of a letter with other data; the rest of its envelope stays as it is.
+
+    Raises:
+        ConfigurationError: one of the two is no JSON object.
+    """
+    try:
+        changed = from_json(data)
+    except ValueError as error:
+        raise ConfigurationError(f"this is not JSON: {error}") from error
+    if not isinstance(changed, dict):
+        raise ConfigurationError("the data of an event are a JSON object")
+    try:
+        document = from_json(letter.to_send)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"dead letter {letter.id} has no envelope that can be kept; give the whole event")
+    return to_json({**document, "data": changed} if "specversion" in document else changed)
+
+
+def _check(rate: float | None) -> None:
+    if rate is not None and not rate > 0:
+        raise ConfigurationError(f"a rate is more than 0 letters a second, not {rate:g}")
 
 
 def _letter(row: RowMapping) -> Letter:

@@ -1,33 +1,47 @@
 """What was given up on: grouped, replayed, edited, discarded."""
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 from uuid import UUID, uuid4
 
 import pytest
 from pydantic_core import from_json
 
-from events.bus import Address, Exchange
-from events.codec import bundle_body
+from coordinator.definition import Saga, sequence, starts_on, step
+from coordinator.instance import Status
+from events.bus import DEAD_LETTERS, Address, Exchange, Queue
+from events.codec import Limits, bundle_body
+from events.database import transaction
+from events.dead_letters import DeadLetter, bury
 from events.envelope import Direction, Envelope, SagaLink
 from events.errors import ConfigurationError, UnroutableError
+from events.ids import TimeOrderedIds
+from events.intake import Intake
 from events.outbox import Outbound
 from events.relay import RelayOptions
 from handlers import Retry, handles
-from handlers.replay import DISCARDED, REPLAYED, DeadLetters, Letter, Planned, Query
+from handlers.broker_letters import BrokerLetters
+from handlers.replay import DISCARDED, REPLAYED, DeadLetters, Letter, Planned, Query, with_data
+from handlers.tables import retry
+from tests.integration.test_engine import World, wanted
 from tests.support.flows import (
     ChargeCard,
     Charged,
     FakeBus,
+    FakeDelivery,
     OrderPlaced,
     RefundCard,
     Stage,
+    count_rows,
     enveloped,
     make_relay,
     open_stage,
+    open_store,
     until,
 )
+from tests.support.sagas import BookHotel, TripWanted
 
 ONCE = Retry(attempts=1)
 ALL = Query()
@@ -123,7 +137,7 @@ async def test_a_replay_in_vain_opens_the_same_letter_again(stage: Stage) -> Non
 
     await until(dead_again)
     [letter] = await letters.find(Query(status=None))
-    assert (letter.settled_by, letter.settled_at, letter.attempts) == (None, None, 1)
+    assert (letter.settled_by, letter.settled_at, letter.attempts) == (None, None, 2)
     assert letter.first_at == dead.first_at
     assert await stage.waiting() == []
 
@@ -240,7 +254,8 @@ async def test_a_letter_is_edited_and_the_original_is_kept(stage: Stage) -> None
     await stage.send(sent)
     [dead] = await stage.dead_letters(1)
     letters = letters_of(stage)
-    edited = await letters.edit(dead.id, b'{"order":"right"}', by="ada", why="a typing error")
+    body = with_data(await letters.get(dead.id), b'{"order":"right"}')
+    edited = await letters.edit(dead.id, body, by="ada", why="a typing error")
     assert edited.body == sent.encode()
     assert edited.edited_body is not None
     await replayed(letters)
@@ -258,26 +273,263 @@ async def test_what_cannot_be_edited_or_found_is_an_error_that_says_so(stage: St
     await stage.send(undo("1"))
     [dead] = await stage.dead_letters(1)
     letters = letters_of(stage)
-    for data, says in ((b"{", "not JSON"), (b"[]", "a JSON object"), (b'{"order":"\\u0000"}', "nobody could read")):
+    letter = await letters.get(dead.id)
+    for data, says in ((b"{", "not JSON"), (b"[]", "a JSON object")):
         with pytest.raises(ConfigurationError, match=says):
-            await letters.edit(dead.id, data, by="ada")
+            with_data(letter, data)
+    for body, says in (
+        (with_data(letter, b'{"order":"\\u0000"}'), "nobody could read"),
+        (undo("1").encode(), "the event's id must stay as it was"),
+        (letter.body.replace(b'"undo"', b'"do"'), "the event's saga must stay as it was"),
+        (bundle_body([letter.body, letter.body]), "several events"),
+    ):
+        with pytest.raises(ConfigurationError, match=says):
+            await letters.edit(dead.id, body, by="ada")
     with pytest.raises(ConfigurationError, match="there is no dead letter"):
         await letters.get(uuid4())
     await letters.discard(ALL, by="ada", why="never mind")
     with pytest.raises(ConfigurationError, match="discarded; only what is dead can be edited"):
-        await letters.edit(dead.id, b"{}", by="ada")
+        await letters.edit(dead.id, letter.body, by="ada")
     assert await replayed(letters) == []
 
 
-async def test_an_unreadable_letter_is_not_replayed(stage: Stage) -> None:
+async def test_an_unreadable_letter_is_replayed_only_after_it_was_edited(stage: Stage) -> None:
     service = Service()
+    service.broken = False
     await stage.start(service.handler)
     await stage.send_raw("refund.card", b"[nonsense]")
-    await stage.dead_letters(1)
-    [refused] = await replayed(letters_of(stage))
+    [dead] = await stage.dead_letters(1)
+    letters = letters_of(stage)
+    [refused] = await replayed(letters)
     assert (refused.refused or "").startswith("it cannot be read:")
     assert (refused.refused or "").endswith("edit it first")
     assert await stage.waiting() == []
+    with pytest.raises(ConfigurationError, match="no envelope that can be kept; give the whole event"):
+        with_data(await letters.get(dead.id), b"{}")
+    sent = undo("1")
+    await letters.edit(dead.id, sent.encode(), by="ada", why="their bug")
+    assert [each.refused for each in await replayed(letters)] == [None]
+    stage.clock.advance(1)
+    assert (await stage.replies.next()).causation_id == sent.id
+    assert (await letters.get(dead.id)).body == dead.body
+
+
+async def test_a_compensation_waits_behind_its_sagas_command_until_that_is_discarded(stage: Stage) -> None:
+    """The command that began the trouble is a letter, too, and cannot be replayed: the plan says what to do."""
+    service, saga = Service(), uuid4()
+
+    @handles(ChargeCard, retry=ONCE)
+    async def charge_card(command: ChargeCard) -> None:
+        raise ValueError(command.order)
+
+    await stage.start(service.handler, charge_card)
+    await stage.send(enveloped(ChargeCard(order="1"), saga=SagaLink(saga, "charge", Direction.DO, 1)))
+    await stage.dead_letters(1)
+    await stage.send(undo("1", saga))
+    await stage.dead_letters(2)
+    service.broken = False
+    service.asked.clear()
+    letters = letters_of(stage)
+    first, _ = await oldest_first(letters)
+    for command, compensation in (await planned(letters), await replayed(letters)):
+        assert command.refused is not None
+        assert (compensation.refused, compensation.behind, compensation.held_by) == (None, first.id, first.id)
+    stage.clock.advance(1)
+    await letters.discard(Query(ids=[first.id]), by="ada", why="its saga was undone")
+
+    async def handled() -> bool:
+        stage.clock.advance(1)
+        return not await stage.waiting()
+
+    await until(handled)
+    assert service.asked == ["1"]
+
+
+async def test_a_plan_says_what_waits_behind_a_letter_that_is_being_replayed(stage: Stage) -> None:
+    service, saga = Service(), uuid4()
+    await stage.start(service.handler)
+    for order in "12":
+        await stage.send(undo(order, saga))
+        await stage.dead_letters(int(order))
+    letters = letters_of(stage)
+    first, second = await oldest_first(letters)
+    await replayed(letters, Query(ids=[first.id]), rate=0.001)
+    [after] = await planned(letters)
+    assert (after.letter.id, after.behind, after.held_by) == (second.id, first.id, None)
+
+
+async def test_a_letter_is_found_by_the_begin_of_its_id_and_by_when_it_died(stage: Stage) -> None:
+    service = Service()
+    await stage.start(service.handler)
+    for order in "12":
+        await stage.send(undo(order))
+        await stage.dead_letters(int(order))
+    letters = letters_of(stage)
+    first, second = await oldest_first(letters)
+    assert (await letters.get(str(first.id)[:-1])).id == first.id
+    assert (await letters.get(second.id.hex[:30].upper())).id == second.id
+    with pytest.raises(ConfigurationError, match="several dead letters begin with 0; give more"):
+        await letters.get("0")
+    for strange in ("", "%", "zz", "0" * 33):
+        with pytest.raises(ConfigurationError, match="is no id of a dead letter"):
+            await letters.get(strange)
+    assert len(await letters.find(Query(since=first.dead_at, until=second.dead_at + timedelta(seconds=1)))) == 2
+    assert await letters.find(Query(until=first.dead_at)) == []
+    assert await letters.find(Query(since=second.dead_at + timedelta(seconds=1))) == []
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+async def test_a_rate_that_is_none_is_refused(sqlite_url: str, rate: float) -> None:
+    async with open_stage(sqlite_url) as stage:
+        for work in (planned, replayed):
+            with pytest.raises(ConfigurationError, match="a rate is more than 0"):
+                await work(letters_of(stage), rate=rate)
+
+
+async def test_the_summary_of_an_error_is_its_first_line(stage: Stage) -> None:
+    @handles(OrderPlaced, retry=ONCE)
+    async def look_up(event: OrderPlaced) -> None:
+        raise ValueError("the first line\nand the second") from LookupError(event.order)
+
+    await stage.start(look_up)
+    await stage.send(enveloped(OrderPlaced(order="1")), exchange=Exchange.EVENTS)
+    await stage.dead_letters(1)
+    [letter] = await letters_of(stage).find(ALL)
+    assert letter.summary == "ValueError: the first line"
+
+
+async def test_a_letter_whose_row_is_gone_becomes_a_new_one(stage: Stage) -> None:
+    """Whoever deletes old letters may delete one that is being replayed."""
+    [item] = Intake(Limits()).read(FakeDelivery(bundle_body([undo("1").encode()])))
+    letter = DeadLetter(item, "refund_card", "failed", "why", attempts=3, reopens=uuid4())
+    async with transaction(stage.engine) as connection:
+        await bury(connection, [letter], ids=stage.ids, now=stage.clock.now())
+    [kept] = await letters_of(stage).find(ALL)
+    assert (kept.body, kept.attempts) == (item.part.raw, 3)
+
+
+# Letters of the broker
+
+
+def died(queue: str, reason: str = "delivery_limit") -> dict[str, Any]:
+    return {"x-first-death-queue": queue, "x-first-death-reason": reason, "x-death": [{"count": 1}]}
+
+
+async def broker_letters(stage: Stage) -> BrokerLetters:
+    taking = BrokerLetters(
+        stage.engine, bus=stage.bus, outbox=stage.outbox, clock=stage.clock, ids=stage.ids, limits=Limits()
+    )
+    await stage.bus.declare([Queue(DEAD_LETTERS, ())])
+    await taking.start()
+    return taking
+
+
+async def test_what_the_broker_gives_up_on_is_a_letter_for_each_message_acknowledged_once_it_is_kept(
+    sqlite_url: str,
+) -> None:
+    async with open_stage(sqlite_url) as stage:
+        taking = await broker_letters(stage)
+        bus = stage.bus
+        assert isinstance(bus, FakeBus)
+        first, second = undo("1"), undo("2")
+        sent = [
+            FakeDelivery(bundle_body([first.encode(), second.encode()]), headers=died("saga.handler.refund_card")),
+            FakeDelivery(b"[nonsense]", headers=died("saga.coordinator.replies", "expired")),
+            FakeDelivery(b"[nonsense]", headers=died("theirs", "made up")),
+            FakeDelivery(b"[nonsense]"),
+        ]
+        bus.put(DEAD_LETTERS, *sent)
+        await stage.dead_letters(5)
+        kept = await oldest_first(letters_of(stage))
+        assert sorted((each.consumer, each.reason, each.body) for each in kept) == sorted(
+            [
+                ("refund_card", "delivery_limit", first.encode()),
+                ("refund_card", "delivery_limit", second.encode()),
+                ("coordinator", "expired", b"[nonsense]"),
+                ("theirs", "rejected", b"[nonsense]"),
+                ("bus", "delivery_limit", b"[nonsense]"),
+            ]
+        )
+        await until(lambda: _acknowledged(sent))
+        assert taking.failing == frozenset()
+        await taking.stop()
+
+
+async def _acknowledged(sent: list[FakeDelivery]) -> bool:
+    return [each.acks for each in sent] == [1] * len(sent)
+
+
+async def test_what_was_handled_is_not_handled_again_by_replaying_a_letter_of_the_broker(sqlite_url: str) -> None:
+    """A process may die after each commit and before each acknowledgement: then the broker gives up what is done."""
+    async with open_stage(sqlite_url) as stage:
+        service = Service()
+        service.broken = False
+        await stage.start(service.handler)
+        taking = await broker_letters(stage)
+        sent = undo("1")
+        await stage.send(sent)
+        assert (await stage.replies.next()).type == "succeeded"
+        bus = stage.bus
+        assert isinstance(bus, FakeBus)
+        bus.put(DEAD_LETTERS, FakeDelivery(sent.encode(), headers=died("saga.handler.refund_card")))
+        await stage.dead_letters(1)
+        await replayed(letters_of(stage))
+        stage.clock.advance(1)
+        assert (await stage.replies.next()).type == "succeeded"
+        assert service.asked == ["1"]
+        await taking.stop()
+
+
+# Letters of the coordinator
+
+
+class Picky(Saga):
+    """A saga whose code is out of order until it is mended."""
+
+    trip: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        if event.trip in broken_trips:
+            raise ValueError(event.trip)
+        return cls(trip=event.trip)
+
+    @step
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip)
+
+    flow = sequence(hotel)
+
+
+broken_trips: set[str] = set()
+
+
+async def test_a_start_that_the_coordinator_could_not_take_is_replayed_and_opened_again_if_in_vain(
+    database_url: str,
+) -> None:
+    broken_trips.add("t-1")
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(open_store(database_url))
+        world = World(database_url, engine, stack)
+        coordinator = await world.coordinator(Picky)
+        await coordinator.take(wanted())
+        letters = DeadLetters(engine, clock=world.clock, ids=TimeOrderedIds())
+        [dead] = await letters.find(ALL)
+        assert (dead.consumer, dead.reason, dead.attempts) == ("coordinator", "failed", 1)
+
+        async def again(status: str) -> bool:
+            world.clock.advance(1)
+            return (await letters.get(dead.id)).status == status and not await count_rows(engine, retry)
+
+        assert [each.refused for each in await replayed(letters)] == [None]
+        await until(lambda: again("dead"))
+        assert (await letters.get(dead.id)).attempts == 2
+        broken_trips.clear()
+        await replayed(letters)
+        await until(lambda: again(REPLAYED))
+        assert (await world.instance()).status is Status.RUNNING
+        assert len(await letters.find(Query(status=None))) == 1
 
 
 async def test_i16_all_of_many_letters_of_all_kinds_are_handled_once_after_the_repair(stage: Stage) -> None:

@@ -401,7 +401,7 @@ async def test_a_breaker_stops_the_queue_and_asks_with_one_message_at_a_time(sta
 
         await until(probed)
         await until(is_open_again)
-    assert script.attempts["1"] == [1, 2]
+    assert sorted([script.attempts["1"], script.attempts["2"]]) == [[1], [1, 2]]
     assert script.attempts["3"] == [1], "the next one to ask came from the queue"
 
     async def all_wait() -> bool:
