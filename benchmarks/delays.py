@@ -55,7 +55,7 @@ async def rows(url: str) -> None:
 
 def _waiting(row: UUID, key: UUID, now: datetime) -> Waiting:
     return Waiting(
-        row, "handler", key, BODY, None, {}, "id", "type", None, None, now, now + timedelta(seconds=3), attempts=3
+        row, "handler", key, BODY, None, None, {}, "id", "type", None, None, now, now + timedelta(seconds=3), attempts=3
     )
 
 

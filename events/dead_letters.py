@@ -54,6 +54,7 @@ _reopen = Bulk(
 )
 _tries = Lookup(dead_letter, "id", "attempts", key="id")
 BUS = "bus"  # stands as the consumer of what no queue took
+CONFLICT = "conflict"  # the reason of a letter with the id of a message that says something else
 DEAD = "dead"  # the status of a letter that nobody has settled
 # What RabbitMQ says of its own dead letters ("Dead Letter Exchanges", x-first-death-reason): no handler gave them up,
 # and one may well have handled them.

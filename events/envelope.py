@@ -1,5 +1,6 @@
 """The envelope: a message with everything that travels beside its data, as CloudEvents 1.0 names it."""
 
+import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -82,6 +83,11 @@ class Envelope:
         if self._key is None:
             self._key = identify(self.source, self.id)
         return self._key
+
+    @property
+    def content(self) -> bytes:
+        """What messages with one id must have in common: a digest of type and data, 16 bytes."""
+        return hashlib.blake2b(b"%b\0%b" % (self.type.encode(), self.data), digest_size=16).digest()
 
     def encode(self) -> bytes:
         """Return the CloudEvents JSON form of this envelope: one element of a batch."""

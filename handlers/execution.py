@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
-from uuid import UUID
 
 from opentelemetry.trace import SpanKind
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,17 +13,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tenacity import AsyncRetrying, retry_if_exception
 
 from events import tracing
-from events.bus import Address, Exchange
 from events.codec import Readable
-from events.dead_letters import DeadLetter, storable
 from events.derive import derive_id
-from events.envelope import Envelope, Result, SagaLink, wrap
+from events.envelope import Envelope, Result, wrap
 from events.errors import CoordinatorError, DefinitionError, RejectedError
 from events.intake import Item
-from events.message import Event, Failed, Message, Refused, Reply, Succeeded
+from events.message import Event, Message, Reply, Succeeded
 from events.outbox import Outbound, route
 from events.registry import Registry
 from events.service import is_cancelled
+from handlers.answers import Answers
 from handlers.breaker import Circuit
 from handlers.context import Context, Declined
 from handlers.definition import Handler
@@ -61,103 +59,17 @@ class Execution:
     """
 
     def __init__(
-        self, handler: Handler, registry: Registry, *, source: str, tools: Tools, circuit: Circuit | None = None
+        self, handler: Handler, registry: Registry, answers: Answers, *, tools: Tools, circuit: Circuit | None = None
     ) -> None:
         self.retry = handler.retry
         self._handler = handler
         self._registry = registry
-        self._source = source
+        self._answers = answers
         self._container = tools.container
         self._clock = tools.clock
         self._random = tools.random
         self._retries = tools.retries
         self._circuit = circuit
-
-    def reject(self, item: Item, error: RejectedError) -> Outcome:
-        """Return the outcome of a message that cannot be read: a dead letter and, for a saga, a failed reply."""
-        envelope = item.part.envelope if isinstance(item.part, Readable) else None
-        logger.warning(
-            "%s cannot take a message: %s: %s",
-            self._handler.name,
-            error.code,
-            error,
-            extra={"action": "handler.rejected", "handler": self._handler.name, "reason": error.code},
-        )
-        row = row_of(item)
-        return self.fail(item, envelope, error.code, str(error), attempts=row.attempts - 1 if row else 0)
-
-    def fail(
-        self,
-        item: Item,
-        envelope: Envelope | None,
-        code: str,
-        detail: str,
-        *,
-        attempts: int,
-        error_type: str | None = None,
-    ) -> Outcome:
-        """Return the outcome of a message that was given up on: a dead letter and, for a saga, a failed reply."""
-        outcome = Outcome(item, envelope, Result.FAILED)
-        detail = storable(detail)
-        row = row_of(item)
-        outcome.dead = DeadLetter(
-            item,
-            self._handler.name,
-            code,
-            detail,
-            attempts,
-            error_type,
-            first_at=row.first_at if row else None,
-            reopens=row.dead_letter_id if row else None,
-        )
-        if envelope is not None:
-            failure = Failed(code=code, reason=detail[-_MAX_REASON:], attempts=attempts)
-            span = tracing.current_span()
-            self._reply(outcome, envelope, failure, tracing.traceparent_of(span), tracing.tracestate_of(span))
-        return outcome
-
-    def park(self, item: Item, part: Readable) -> Outcome:
-        """Return the outcome of a message that came a second time: it waits, to be counted before it is tried."""
-        outcome = Outcome(item, part.envelope, Result.FAILED)
-        outcome.again = self._waiting(item, part)
-        return outcome
-
-    def bury_crashed(self, item: Item, envelope: Envelope, row: Waiting) -> Outcome:
-        """Return the outcome of a message that has ended its process too often: a dead letter."""
-        logger.error(
-            "%s gave up on %s: %d times a try of it has begun and not ended",
-            self._handler.name,
-            envelope.id,
-            row.crashes,
-            extra={"action": "handler.crashed", "handler": self._handler.name, "message_id": envelope.id},
-        )
-        detail = f"{row.crashes} times a try has begun and not ended: the process was killed, or hung"
-        return self.fail(item, envelope, "crashed", detail, attempts=row.attempts - 1)
-
-    def undo_nothing(self, item: Item, envelope: Envelope, bars: UUID | None) -> Outcome:
-        """Return the outcome of a compensation whose command has not run here, and never will."""
-        logger.info(
-            "%s has nothing to undo: the command of %s has not run, and is barred from now on",
-            self._handler.name,
-            envelope.id,
-            extra={"action": "handler.nothing_to_undo", "handler": self._handler.name, "message_id": envelope.id},
-        )
-        outcome = Outcome(item, envelope, Result.SUCCEEDED, bars=bars)
-        self._reply(outcome, envelope, Succeeded(), envelope.traceparent, envelope.tracestate)
-        return outcome
-
-    def refuse(self, item: Item, envelope: Envelope) -> Outcome:
-        """Return the outcome of a command whose compensation was there first. Nothing more is recorded of it."""
-        logger.info(
-            "%s does not run %s: its compensation was there first",
-            self._handler.name,
-            envelope.id,
-            extra={"action": "handler.barred", "handler": self._handler.name, "message_id": envelope.id},
-        )
-        outcome = Outcome(item, None, Result.DECLINED)
-        refused = Refused(reason="its compensation was there first")
-        self._reply(outcome, envelope, refused, envelope.traceparent, envelope.tracestate)
-        return outcome
 
     async def run(self, item: Item, envelope: Envelope, once: Once) -> Outcome:
         """Read the message and call `once` until it returns, its next try is due later, or there is none."""
@@ -171,7 +83,7 @@ class Execution:
                 message = self._registry.read(envelope)
             except RejectedError as error:
                 tracing.mark_failed(span, error.code)
-                return self.reject(item, error)
+                return self._answers.reject(item, error)
             context = _context(envelope, ladder.attempt)
             begun = self._clock.monotonic() - _age(row, self._retries)
             try:
@@ -241,7 +153,7 @@ class Execution:
         if isinstance(verdict, GiveUp) or not isinstance(item.part, Readable):
             return self._give_up(item, envelope, ladder, error)
         outcome = Outcome(item, envelope, Result.FAILED)
-        row = outcome.again = row_of(item) or self._waiting(item, item.part)
+        row = outcome.again = row_of(item) or self._answers.waiting(item, item.part)
         row.attempts, row.begun_at, row.crashes = ladder.attempt, None, 0
         row.due_at = self._retries.clock.now() + timedelta(seconds=verdict.wait)
         row.reason, row.error_type, row.detail = _code(error), _name(error), _stack(error)
@@ -255,10 +167,6 @@ class Execution:
             extra={"action": "handler.delayed", "handler": self._handler.name, "message_id": envelope.id},
         )
         return outcome
-
-    def _waiting(self, item: Item, part: Readable) -> Waiting:
-        now = self._retries.clock.now()
-        return Waiting.of(item, part, id=self._retries.new_id(), consumer=self._handler.name, now=now)
 
     async def call(
         self, item: Item, envelope: Envelope, message: Message, context: Context, session: AsyncSession | None
@@ -314,7 +222,7 @@ class Execution:
             follow = wrap(
                 event,
                 id=str(derive_id(envelope.key, self._handler.name, "event", number)),
-                source=self._source,
+                source=self._answers.source,
                 time=self._clock.now(),
                 correlation_id=envelope.correlation_id or envelope.id,
                 causation_id=envelope.id,
@@ -322,33 +230,7 @@ class Execution:
                 tracestate=tracestate,
             )
             outcome.messages.append(Outbound(follow, route(event), event.bundle_limit))
-        self._reply(outcome, envelope, returned or Succeeded(), traceparent, tracestate)
-
-    def _reply(
-        self,
-        outcome: Outcome,
-        envelope: Envelope,
-        message: Event | Reply,
-        traceparent: str | None,
-        tracestate: str | None,
-    ) -> None:
-        """Add the reply to the saga that sent the command; other messages have none."""
-        saga = envelope.saga
-        if saga is None or envelope.reply_to is None:
-            return
-        reply = wrap(
-            message,
-            id=str(derive_id(envelope.key, self._handler.name, "reply")),
-            source=self._source,
-            time=self._clock.now(),
-            correlation_id=envelope.correlation_id,
-            causation_id=envelope.id,
-            traceparent=traceparent,
-            tracestate=tracestate,
-            saga=SagaLink(saga.saga_id, saga.step, saga.direction, saga.attempt, outcome.result),
-        )
-        outcome.reply = Outbound(reply, Address(Exchange.REPLIES, envelope.reply_to))
-        outcome.messages.append(outcome.reply)
+        self._answers.reply(outcome, envelope, returned or Succeeded(), traceparent, tracestate)
 
     def _give_up(self, item: Item, envelope: Envelope, ladder: Ladder, error: Exception) -> Outcome:
         """Return a dead letter with the reason and, for a saga, a failed reply."""
@@ -363,7 +245,9 @@ class Execution:
             exc_info=error,
             extra={"action": "handler.gave_up", "handler": self._handler.name, "message_id": envelope.id},
         )
-        return self.fail(item, envelope, _code(error), _stack(error), attempts=ladder.attempt, error_type=_name(error))
+        return self._answers.fail(
+            item, envelope, _code(error), _stack(error), attempts=ladder.attempt, error_type=_name(error)
+        )
 
 
 def _pause(ladder: Ladder) -> float:

@@ -16,18 +16,23 @@ from events.message import Command
 from handlers.definition import Handler
 from handlers.tables import inbox, retry
 
-_known = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", key="message_key", also=retry)
-_insert = Bulk(inbox, "message_key", "consumer", "reply", "reply_to", "handled_at")
+_known = Lookup(inbox, "message_key", "consumer", "reply", "reply_to", "content", key="message_key", also=retry)
+_insert = Bulk(inbox, "message_key", "consumer", "reply", "reply_to", "content", "handled_at")
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A handled message and the encoded reply it was given, if it was given one."""
+    """A handled message, the encoded reply it was given, if it was given one, and the digest of its content."""
 
     key: UUID
     consumer: str
     reply: bytes | None
     reply_to: str | None
+    content: bytes | None = None
+
+    def contradicts(self, envelope: Envelope) -> bool:
+        """Whether `envelope`, which has this id, says something else."""
+        return self.content is not None and self.content != envelope.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,11 @@ class Known:
     """What is known of some messages: those that are recorded, and those that wait to be tried again."""
 
     recorded: Mapping[UUID, Recorded]
-    waiting: frozenset[UUID]
+    waiting: Mapping[UUID, Recorded]
 
 
-NOTHING = Known({}, frozenset())
-_replace = Bulk(inbox, "message_key", "reply", "reply_to")
+NOTHING = Known({}, {})
+_replace = Bulk(inbox, "message_key", "reply", "reply_to", "content")
 OF_SAGAS = "saga"
 
 
@@ -64,12 +69,13 @@ class Inbox:
         """Return what is known of `keys`, outside any transaction."""
         async with self._reader.connect() as connection:
             rows = await _known.find(connection, keys)
-        waiting = frozenset(key for key, consumer, *_, waits in rows if waits and consumer == self._name)
-        recorded = {
-            key: Recorded(key, consumer, reply, reply_to)
-            for key, consumer, reply, reply_to, waits in rows
-            if not waits and (consumer == self._name or (self._commands and consumer == OF_SAGAS))
-        }
+        recorded, waiting = {}, {}
+        for *found, waits in rows:
+            entry = Recorded(*found)
+            if waits and entry.consumer == self._name:
+                waiting[entry.key] = entry
+            elif not waits and (entry.consumer == self._name or (self._commands and entry.consumer == OF_SAGAS)):
+                recorded[entry.key] = entry
         return Known(recorded, waiting)
 
     async def record_new(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> None:
@@ -90,7 +96,7 @@ class Inbox:
         for entry in sorted(handled, key=lambda entry: entry.key.int):
             with suppress(StaleRowError):
                 async with connection.begin_nested():
-                    row = (entry.key, entry.reply, entry.reply_to)
+                    row = (entry.key, entry.reply, entry.reply_to, entry.content)
                     await _replace.update(connection, [row], key="message_key", expected=("reply", [barred]))
                 taken.add(entry.key)
         return taken
@@ -98,4 +104,4 @@ class Inbox:
     def _rows(self, handled: Sequence[Recorded], now: datetime) -> list[tuple[object, ...]]:
         """Return the rows in one order for everybody, so that two batches cannot deadlock."""
         ordered = sorted(handled, key=lambda entry: entry.key.int)
-        return [(entry.key, entry.consumer, entry.reply, entry.reply_to, now) for entry in ordered]
+        return [(entry.key, entry.consumer, entry.reply, entry.reply_to, entry.content, now) for entry in ordered]

@@ -11,6 +11,7 @@ from events.clock import Clock
 from events.codec import Limits
 from events.database import single_statements, transaction
 from events.dead_letters import bury
+from events.envelope import Envelope
 from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import completed_by
@@ -96,16 +97,18 @@ class Recorder:
         return kept, await self._store_consequences(connection, kept, now)
 
     def _handled(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
-        return [
-            Recorded(
-                outcome.handled.key,
-                self._inbox.consumer_of(outcome.handled),
-                outcome.reply.encode(self._limits) if outcome.reply else None,
-                outcome.reply.address.key if outcome.reply else None,
-            )
-            for outcome in outcomes
-            if outcome.handled is not None
-        ]
+        return [self._recorded(outcome, outcome.handled) for outcome in outcomes if outcome.handled is not None]
+
+    def _recorded(self, outcome: Outcome, handled: Envelope) -> Recorded:
+        row = row_of(outcome.item)
+        replayed = row is not None and row.dead_letter_id is not None  # an operator may have edited it
+        return Recorded(
+            handled.key,
+            self._inbox.consumer_of(handled),
+            outcome.reply.encode(self._limits) if outcome.reply else None,
+            outcome.reply.address.key if outcome.reply else None,
+            None if replayed else handled.content,
+        )
 
     async def _store_consequences(
         self, connection: AsyncConnection, outcomes: Sequence[Outcome], now: datetime

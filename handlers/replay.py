@@ -20,7 +20,7 @@ from events.bus import Address, Exchange
 from events.clock import Clock
 from events.codec import Limits, Part, Readable, read_body
 from events.database import reader, transaction
-from events.dead_letters import BROKER_REASONS, BUS, DEAD
+from events.dead_letters import BROKER_REASONS, BUS, CONFLICT, DEAD
 from events.envelope import Direction, Envelope
 from events.errors import ConfigurationError
 from events.ids import Ids
@@ -34,6 +34,7 @@ from handlers.tables import inbox, retry
 REPLAYED, DISCARDED = "replayed", "discarded"
 _PAGE = 500
 _GONE_ON = "its saga was told that it failed and has gone on; what it would do now was, or will be, undone"
+_TAKEN = "another message with its id was handled; publish it under an id of its own"
 _UNKNOWN_WAY = "it is not known where it was sent to"
 _EXACT = ("consumer", "reason", "fingerprint", "message_type", "saga_id", "status")
 _begin_of_id = re.compile(r"[0-9a-f]{1,32}", re.ASCII)
@@ -300,6 +301,8 @@ class DeadLetters:
     def _judge(self, letter: Letter) -> Planned:
         if letter.consumer == BUS and _address(letter) is None:
             return Planned(letter, _UNKNOWN_WAY)
+        if letter.reason == CONFLICT:
+            return Planned(letter, _TAKEN)
         parts = self._read(letter, letter.to_send)
         part = parts[0]
         if len(parts) > 1 or not isinstance(part, Readable):
@@ -343,6 +346,7 @@ class DeadLetters:
             consumer=letter.consumer,
             key=envelope.key,
             body=letter.to_send,
+            content=None,  # it may have been edited
             content_type=letter.content_type,
             headers=letter.headers,
             message_id=envelope.id,

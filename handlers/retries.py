@@ -88,6 +88,7 @@ class Waiting:
         consumer: the handler.
         key: what duplicates of the message have in common.
         body, content_type, headers: the message as it came.
+        content: the digest of its content; None where nothing is to be compared with it.
         attempts: how often it was tried, the try that runs included.
         crashes: how often a try began and did not end.
         first_at: when it was tried first.
@@ -101,6 +102,7 @@ class Waiting:
     consumer: str
     key: UUID
     body: bytes
+    content: bytes | None
     content_type: str | None
     headers: Mapping[str, Any]
     message_id: str
@@ -126,6 +128,7 @@ class Waiting:
             consumer=consumer,
             key=envelope.key,
             body=part.raw,
+            content=envelope.content,
             content_type=delivery.content_type and storable(delivery.content_type),
             headers=plain_headers(delivery.headers),
             message_id=envelope.id,
@@ -143,6 +146,7 @@ class Waiting:
             self.consumer,
             self.key,
             self.body,
+            self.content,
             self.content_type,
             dict(self.headers),
             self.message_id,

@@ -25,16 +25,15 @@ from events.errors import CoordinatorError, RejectedError
 from events.failpoints import failpoint
 from events.intake import Intake, Item, settle
 from events.message import Message
-from events.outbox import recorded_reply
 from events.registry import Registry
 from events.service import Supervisor, cancel_all, is_cancelled
+from handlers.answers import Answers
 from handlers.breaker import Circuit, Signal
 from handlers.context import Context
 from handlers.definition import Handler
 from handlers.execution import Execution
-from handlers.fence import is_barred
 from handlers.flow import Flow
-from handlers.inbox import NOTHING, Inbox, Known, Recorded
+from handlers.inbox import NOTHING, Inbox, Known
 from handlers.limits import Pace, Slots
 from handlers.outcome import Outcome, Progress
 from handlers.recording import Recorder
@@ -76,7 +75,8 @@ class HandlerRunner:
         self, handler: Handler, *, registry: Registry, source: str, tools: Tools, circuit: Circuit | None = None
     ) -> None:
         self.handler = handler
-        self.execution = Execution(handler, registry, source=source, tools=tools, circuit=circuit)
+        self.answers = Answers(handler, source=source, tools=tools)
+        self.execution = Execution(handler, registry, self.answers, tools=tools, circuit=circuit)
         self._registry = registry
         self._tools = tools
         self._circuit = circuit
@@ -218,27 +218,18 @@ class HandlerRunner:
             return False
         part = item.part
         if not isinstance(part, Readable):
-            self._finish(self.execution.reject(item, part.error))
+            self._finish(self.answers.reject(item, part.error))
             return True
-        envelope, row = part.envelope, row_of(item)
-        key, fence = envelope.key, self._tools.fence
-        if recorded := known.recorded.get(key):
-            barred = is_barred(recorded)
-            self._finish(self.execution.refuse(item, envelope) if barred else self._repeat(item, envelope, recorded))
+        envelope, key = part.envelope, part.envelope.key
+        if (outcome := self.answers.to_known(item, envelope, known)) is not None:
+            self._finish(outcome)
         elif key in self._running:
             self._running[key].append(item)
         elif key in self._released and not at_once:  # it may have been recorded after we looked: look again
             self._intake.put_back([item])
-        elif row is None and key in known.waiting:
-            self._finish(Outcome(item, None, Result.SUCCEEDED))  # it will be tried when it is due
-        elif row is None and item.alone:
-            self._work(envelope, self.execution.park(item, part))
-        elif fence.has_nothing_to_undo(envelope, known.recorded):
-            command = fence.undone_by(envelope)
-            bars = None if command in known.recorded else command
-            self._work(envelope, self.execution.undo_nothing(item, envelope, bars))
-        elif row is not None and row.crashes >= self.execution.retry.crashes:
-            self._work(envelope, self.execution.bury_crashed(item, envelope, row))
+        elif (outcome := self.answers.without_run(item, part, known, self.execution.retry)) is not None:
+            self._running[key] = []
+            self._finish(outcome)
         else:
             return await self._begin_run(item, envelope, at_once=at_once)
         return True
@@ -260,24 +251,6 @@ class HandlerRunner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
-
-    def _work(self, envelope: Envelope, outcome: Outcome) -> None:
-        """Take a message into work, with an outcome that needs no run."""
-        self._running[envelope.key] = []
-        self._finish(outcome)
-
-    def _repeat(self, item: Item, envelope: Envelope, known: Recorded) -> Outcome:
-        """Answer a duplicate with the recorded reply."""
-        logger.info(
-            "%s has handled %s before; its reply is sent again",
-            self.handler.name,
-            envelope.id,
-            extra={"action": "handler.duplicate", "handler": self.handler.name, "message_id": envelope.id},
-        )
-        outcome = Outcome(item, None, Result.SUCCEEDED)
-        if known.reply is not None and known.reply_to is not None:
-            outcome.messages.append(recorded_reply(known.reply, known.reply_to))
-        return outcome
 
     # Running
 
@@ -469,7 +442,7 @@ class HandlerRunner:
         if outcome.dead is not None and not outcome.messages:
             raise error
         code = error.code if isinstance(error, CoordinatorError) else "failed"
-        spoilt = self.execution.fail(outcome.item, outcome.envelope, code, repr(error), attempts=1)
+        spoilt = self.answers.fail(outcome.item, outcome.envelope, code, repr(error), attempts=1)
         if outcome.dead is None:
             outcome.messages, outcome.reply, outcome.dead = spoilt.messages, spoilt.reply, spoilt.dead
             outcome.again = None

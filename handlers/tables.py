@@ -12,6 +12,7 @@ inbox = Table(
     Column("consumer", Text, primary_key=True),
     Column("reply", LargeBinary),
     Column("reply_to", Text),
+    Column("content", LargeBinary),  # digest of what was handled; null where nothing is to be compared with it
     Column("handled_at", Timestamp, nullable=False),
     Index(None, "handled_at"),
 )
@@ -25,6 +26,7 @@ retry = Table(
     Column("consumer", Text, nullable=False),
     Column("message_key", Uuid, nullable=False),
     Column("body", LargeBinary, nullable=False),
+    Column("content", LargeBinary),
     Column("content_type", Text),
     Column("headers", Json, nullable=False),
     Column("message_id", Text, nullable=False),

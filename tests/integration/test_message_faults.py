@@ -203,8 +203,10 @@ async def test_f51_a_message_of_a_newer_version_is_kept_until_the_code_is_there(
     assert shown == ["1 in EUR"]
 
 
-async def test_f52_an_id_that_comes_with_other_content_changes_nothing(stage: Stage) -> None:
-    """The first content counts; the second is answered as a duplicate, and has no effect."""
+async def test_f52_an_id_that_comes_with_other_content_is_a_dead_letter(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first content counts, and answers; the second has no effect, is kept, and is not replayed."""
     await stage.start(keeper())
     first, second = charge("1"), charge("2")
     second.id, second.saga = first.id, first.saga
@@ -212,7 +214,38 @@ async def test_f52_an_id_that_comes_with_other_content_changes_nothing(stage: St
     assert (await stage.replies.next()).data == b'{"charge":"1"}'
     await stage.send(second)
     assert (await stage.replies.next()).data == b'{"charge":"1"}'
+    await stage.send(first)
+    assert (await stage.replies.next()).data == b'{"charge":"1"}'
     assert await stage.effects() == ["charge.card 1"]
+    [letter] = await stage.dead()
+    assert (letter.reason, letter.body) == ("conflict", second.encode())
+    assert "handler.conflict" in {getattr(record, "action", "") for record in caplog.records}
+    letters = DeadLetters(stage.engine, clock=stage.clock, ids=stage.ids)
+    [planned] = [planned async for planned in letters.replay(Query(), by="ada", why="")]
+    assert planned.refused is not None
+    assert "id of its own" in planned.refused
+
+
+async def test_f52_an_id_that_comes_with_other_content_while_the_first_waits_is_a_dead_letter(stage: Stage) -> None:
+    failing = True
+
+    @handles(ChargeCard, retry=Retry(quick=0, first=10, jitter="none"))
+    async def charge_card(command: ChargeCard) -> Charged:
+        if failing:
+            raise OSError
+        return Charged(charge=command.order)
+
+    await stage.start(charge_card)
+    first, second = charge("1"), charge("2")
+    second.id, second.saga = first.id, first.saga
+    await stage.send(first)
+    await stage.delayed(1)
+    await stage.send(second)
+    [letter] = await stage.dead_letters(1)
+    assert (letter.reason, letter.body) == ("conflict", second.encode())
+    failing = False
+    stage.clock.advance(10)
+    assert (await stage.replies.next()).data == b'{"charge":"1"}'
 
 
 async def test_f53_after_the_inbox_row_is_gone_a_business_key_still_guards_the_effect(stage: Stage) -> None:

@@ -17,6 +17,7 @@ from events.intake import Intake, Item
 from events.message import Message
 from events.registry import Registry
 from handlers import Context, Declined, Handler, Retry, handles
+from handlers.answers import Answers
 from handlers.execution import Execution, HandlerCancelledError, HandlerPanickedError
 from handlers.fence import Fence
 from handlers.keys import KeyLocks
@@ -87,12 +88,9 @@ class Bench:
     def __init__(self, handler: Handler) -> None:
         self.clock = Impatient()
         self.random = Drawn()
-        self.execution = Execution(
-            handler,
-            Registry([handler.message]),
-            source="/tests/handler",
-            tools=make_tools(self.clock, self.random),
-        )
+        tools = make_tools(self.clock, self.random)
+        self.answers = Answers(handler, source="/tests/handler", tools=tools)
+        self.execution = Execution(handler, Registry([handler.message]), self.answers, tools=tools)
 
     async def run(self, envelope: Envelope) -> Outcome:
         item = item_of(envelope)
@@ -321,7 +319,7 @@ async def test_a_rejected_part_has_no_envelope_to_answer() -> None:
     handler, _ = failing(ValueError())
     intake = Intake(Limits())
     intake.deliver(FakeDelivery(b"nonsense"))
-    outcome = Bench(handler).execution.reject(intake._items[0], MalformedError("no JSON"))
+    outcome = Bench(handler).answers.reject(intake._items[0], MalformedError("no JSON"))
     assert outcome.envelope is None
     assert outcome.messages == []
     assert outcome.dead is not None

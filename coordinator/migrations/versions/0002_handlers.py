@@ -45,12 +45,15 @@ def upgrade() -> None:
         postgresql_where=_is_dead,
         sqlite_where=_is_dead,
     )
+    with op.batch_alter_table("inbox") as table:
+        table.add_column(sa.Column("content", sa.LargeBinary()))
     op.create_table(
         "retry",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("consumer", sa.Text(), nullable=False),
         sa.Column("message_key", sa.Uuid(), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("content", sa.LargeBinary()),
         sa.Column("content_type", sa.Text()),
         sa.Column("headers", _Json, nullable=False),
         sa.Column("message_id", sa.Text(), nullable=False),
@@ -111,6 +114,8 @@ def downgrade() -> None:
     """Drop tables and columns."""
     for table in ("handler_process", "handler_change", "handler_setting", "retry"):
         op.drop_table(table)
+    with op.batch_alter_table("inbox") as inbox:
+        inbox.drop_column("content")
     op.drop_index("ix_dead_letter_open", "dead_letter")
     with op.batch_alter_table("dead_letter") as dead_letter:
         for column in reversed(_added()):
