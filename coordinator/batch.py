@@ -9,18 +9,8 @@ from uuid import UUID
 from opentelemetry.trace import SpanKind
 from pydantic_core import from_json
 
-from coordinator.decide import (
-    Announcement,
-    Decision,
-    Elapsed,
-    Input,
-    Replied,
-    Request,
-    Started,
-    decide,
-    describe,
-    give_up,
-)
+from coordinator.decide import decide, describe, give_up
+from coordinator.decision import Announcement, Decision, Elapsed, Input, Replied, Request, Started
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance, Status, StepStatus
 from coordinator.store import HistoryRow

@@ -4,11 +4,11 @@
 and the history entry. Every change of an instance goes through here.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID
 
+from coordinator.decision import Announcement, Decision, HistoryEntry, Input, Replied, Request, Started
 from coordinator.definition import Deadline, Hook, OutcomeHook, Saga, SagaDefinition, Step
 from coordinator.instance import Instance, Status, StepState, StepStatus
 from events.derive import derive_id
@@ -17,92 +17,6 @@ from events.message import Command, Event, Failed, Message
 
 _MAX_REASON = 1000
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit)
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A start event has arrived; `saga_id` is a fresh id for the instance."""
-
-    saga_id: UUID
-    event: Event
-    message_id: str
-    now: datetime
-    traceparent: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Replied:
-    """The outcome of a command has arrived. `outcome` is its message where the saga wants to see it."""
-
-    step: str
-    direction: Direction
-    attempt: int
-    result: Result
-    outcome: Message | None
-    detail: str
-    message_id: str
-    now: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Elapsed:
-    """Time has passed: deadlines up to `now` are due."""
-
-    now: datetime
-
-
-Input = Started | Replied | Elapsed
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A command to send for a step. The same request, decided on again, has the same id.
-
-    A compensation names the command that it undoes, by id and type.
-    """
-
-    id: UUID
-    command: Command
-    step: str
-    direction: Direction
-    attempt: int
-    undoes: UUID | None = None
-    undoes_type: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """An event to publish."""
-
-    id: UUID
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """What happened: one row for each revision of an instance."""
-
-    kind: str
-    at: datetime
-    status: Status
-    step: str | None = None
-    direction: Direction | None = None
-    attempt: int | None = None
-    result: Result | None = None
-    message_id: str | None = None
-    reason: str | None = None
-    change: dict[str, Any] = field(default_factory=dict)
-    sent: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """All that follows from an input."""
-
-    instance: Instance
-    requests: tuple[Request, ...]
-    announcements: tuple[Announcement, ...]
-    entry: HistoryEntry
 
 
 def decide(definition: SagaDefinition, instance: Instance | None, given: Input) -> Decision | None:

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import Row, Select, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.decide import HistoryEntry
+from coordinator.decision import HistoryEntry
 from coordinator.instance import Instance, Status, StepState
 from coordinator.tables import saga_history, saga_instance
 from events.bulk import Bulk, Lookup

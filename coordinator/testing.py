@@ -15,7 +15,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Self
 from uuid import UUID
 
-from coordinator.decide import Decision, Elapsed, Input, Replied, Request, Started, decide, describe
+from coordinator.decide import decide, describe
+from coordinator.decision import Decision, Elapsed, Input, Replied, Request, Started
 from coordinator.definition import Saga
 from coordinator.instance import Instance, Status
 from events.envelope import Direction, Result

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from coordinator import schema
-from coordinator.decide import HistoryEntry
+from coordinator.decision import HistoryEntry
 from coordinator.instance import Instance, Status, StepState, StepStatus
 from coordinator.store import Store
 from events.database import open_database, transaction

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Self
 
-from coordinator.decide import Decision, Elapsed, Replied, Request
+from coordinator.decision import Decision, Elapsed, Replied, Request
 from coordinator.definition import Saga, compensated, completed, sequence, starts_on, step
 from coordinator.testing import BEGIN as START
 from coordinator.testing import SAGA_ID, SagaRun

@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import pytest
 
-from coordinator.decide import Elapsed, Replied, Started, decide, describe, give_up
+from coordinator.decide import decide, describe, give_up
+from coordinator.decision import Elapsed, Replied, Started
 from coordinator.definition import Saga, completed, sequence, starts_on, step
 from coordinator.instance import Instance, Status, StepState, StepStatus
 from events.derive import derive_id

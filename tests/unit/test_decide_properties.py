@@ -14,7 +14,8 @@ from uuid import UUID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.decide import Decision, Elapsed, Input, Replied, Request, Started, decide
+from coordinator.decide import decide
+from coordinator.decision import Decision, Elapsed, Input, Replied, Request, Started
 from coordinator.definition import (
     Deadline,
     Ending,

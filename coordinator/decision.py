@@ -1,0 +1,96 @@
+"""What goes into a decision and what comes out of it: inputs, requests, announcements, history. Only data."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from coordinator.instance import Instance, Status
+from events.envelope import Direction, Result
+from events.message import Command, Event, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A start event has arrived; `saga_id` is a fresh id for the instance."""
+
+    saga_id: UUID
+    event: Event
+    message_id: str
+    now: datetime
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    """The outcome of a command has arrived. `outcome` is its message where the saga wants to see it."""
+
+    step: str
+    direction: Direction
+    attempt: int
+    result: Result
+    outcome: Message | None
+    detail: str
+    message_id: str
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Elapsed:
+    """Time has passed: deadlines up to `now` are due."""
+
+    now: datetime
+
+
+Input = Started | Replied | Elapsed
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command to send for a step. The same request, decided on again, has the same id.
+
+    A compensation names the command that it undoes, by id and type.
+    """
+
+    id: UUID
+    command: Command
+    step: str
+    direction: Direction
+    attempt: int
+    undoes: UUID | None = None
+    undoes_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """An event to publish."""
+
+    id: UUID
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """What happened: one row for each revision of an instance."""
+
+    kind: str
+    at: datetime
+    status: Status
+    step: str | None = None
+    direction: Direction | None = None
+    attempt: int | None = None
+    result: Result | None = None
+    message_id: str | None = None
+    reason: str | None = None
+    change: dict[str, Any] = field(default_factory=dict)
+    sent: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """All that follows from an input."""
+
+    instance: Instance
+    requests: tuple[Request, ...]
+    announcements: tuple[Announcement, ...]
+    entry: HistoryEntry

@@ -1,0 +1,170 @@
+"""Limits that an operator sets while handlers run: what is kept of them, and how the processes follow."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+
+from events.database import transaction
+from events.errors import ConfigurationError
+from events.ids import TimeOrderedIds
+from handlers import Handler, Retry, handles
+from handlers.operations import Operations, Setting
+from handlers.tables import handler_setting
+from tests.support.flows import PATIENCE, ChargeCard, Charged, Stage, enveloped, link, open_stage, until
+
+BY = {"by": "ada", "reason": "the bank asked"}
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+async def stage(request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
+    url = request.getfixturevalue("pg_url" if request.param == "postgres" else "sqlite_url")
+    async with open_stage(url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def operations(stage: Stage) -> Operations:
+    return Operations(stage.engine, ids=TimeOrderedIds())
+
+
+def charging(**policy: object) -> Handler:
+    @handles(ChargeCard, name="charge_card", **policy)  # type: ignore[arg-type]
+    async def charge_card(command: ChargeCard) -> Charged:
+        return Charged(charge=command.order)
+
+    return charge_card
+
+
+async def test_changes_are_merged_and_each_is_kept_with_who_and_why(stage: Stage, operations: Operations) -> None:
+    now = stage.clock.now()
+    await operations.change("charge_card", now=now, **BY, rate=5.0)
+    await operations.change("charge_card", now=now, **BY, retry={"attempts": 3, "first": 2.0})
+    after = await operations.change("charge_card", now=now, by="bob", reason="", retry={"first": None}, paused=True)
+    assert after.limits == {"paused": True, "rate": 5.0, "attempts": 3}
+    [shown] = await operations.overview(now)
+    assert shown.setting == after
+    kept = await operations.changes("charge_card")
+    assert [(row["changed_by"], row["change"]) for row in kept] == [
+        ("bob", {"retry": {"attempts": 3}, "paused": True}),
+        ("ada", {"retry": {"attempts": 3, "first": 2.0}}),
+        ("ada", {"rate": 5.0}),
+    ]
+    assert {row["reason"] for row in kept} == {"", "the bank asked"}
+
+
+async def test_a_reset_leaves_what_the_code_says_and_keeps_a_pause(stage: Stage, operations: Operations) -> None:
+    now = stage.clock.now()
+    await operations.change("charge_card", now=now, **BY, rate=5.0, paused=True)
+    assert await operations.reset("charge_card", now=now, **BY) == Setting(
+        paused=True, changed_at=now, changed_by="ada", reason="the bank asked"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rate": 0.0},
+        {"rate": -1.0},
+        {"concurrency": 0},
+        {"retry": {"attempts": 0}},
+        {"retry": {"never": []}},
+        {"retry": {"tries": 3}},
+    ],
+)
+async def test_a_value_of_no_use_is_refused_and_changes_nothing(
+    stage: Stage, operations: Operations, change: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigurationError):
+        await operations.change("charge_card", now=stage.clock.now(), **BY, **change)
+    assert await operations.overview(stage.clock.now()) == []
+    assert await operations.changes() == []
+
+
+async def test_running_handlers_follow_within_two_seconds(stage: Stage, operations: Operations) -> None:
+    group = await stage.start(charging(concurrency=4, retry=Retry(attempts=5)))
+    runner = group.runners["charge_card"]
+    await operations.change(
+        "charge_card", now=stage.clock.now(), **BY, rate=2.0, concurrency=1, retry={"attempts": 2, "quick": 1}
+    )
+
+    async def has_followed() -> bool:
+        return (runner.pace.rate, runner.slots.limit, runner.execution.retry.attempts) == (2.0, 1, 2)
+
+    await stage.clock.pass_sleep(1.0)
+    await until(has_followed)
+    await operations.reset("charge_card", now=stage.clock.now(), **BY)
+
+    async def is_reset() -> bool:
+        return (runner.pace.rate, runner.slots.limit, runner.execution.retry.attempts) == (None, 4, 5)
+
+    await stage.clock.pass_sleep(1.0)
+    await until(is_reset)
+
+
+@pytest.mark.postgres
+async def test_processes_share_a_rate_and_have_all_of_it_when_the_others_are_gone(pg_url: str) -> None:
+    async with AsyncExitStack() as stack:
+        two = [await stack.enter_async_context(open_stage(pg_url)) for _ in range(2)]
+        groups = [await stage.start(charging(rate=10.0)) for stage in two]
+
+        async def rate_of_first(wanted: float) -> None:
+            async def is_it() -> bool:
+                return groups[0].runners["charge_card"].pace.rate == wanted
+
+            await two[0].clock.pass_sleep(1.0)
+            await until(is_it)
+
+        await rate_of_first(5.0)
+        shown = await Operations(two[0].engine, ids=TimeOrderedIds()).overview(two[0].clock.now())
+        assert [len(each.processes) for each in shown] == [2]
+        await groups[1].stop(0)
+        two[1]._groups.clear()
+        await rate_of_first(10.0)
+
+
+@pytest.mark.parametrize(
+    "row", [{"rate": -1.0}, {"concurrency": 0}, {"retry": {"attempts": "many"}}, {"retry": {"attempts": 1, "quick": 9}}]
+)
+async def test_a_row_of_no_use_written_past_us_is_named_and_the_code_holds(
+    stage: Stage, row: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It must not keep the settings of other handlers from being followed."""
+    caplog.set_level(logging.WARNING)
+    values = {"paused": False, "retry": {}, "changed_at": stage.clock.now(), "changed_by": "", "reason": ""}
+    async with transaction(stage.engine) as connection:
+        await connection.execute(handler_setting.insert().values(**{**values, "handler": "charge_card", **row}))
+    group = await stage.start(charging(rate=7.0, retry=Retry(attempts=3)))
+    runner = group.runners["charge_card"]
+    assert (runner.pace.rate, runner.execution.retry.attempts) == (7.0, 3)
+    assert any(
+        getattr(record, "action", "") == "handlers.bad_setting" and "charge_card" in record.getMessage()
+        for record in caplog.records
+    )
+
+
+async def test_messages_of_one_key_run_one_at_a_time_and_others_beside_them(stage: Stage) -> None:
+    running: list[str] = []
+    most: dict[str, int] = {}
+    begun: asyncio.Queue[str] = asyncio.Queue()
+    go_on = asyncio.Event()
+
+    @handles(ChargeCard, name="charge_card", key=lambda command: command.order[0], concurrency=4)
+    async def charge_card(command: ChargeCard) -> Charged:
+        customer = command.order[0]
+        running.append(customer)
+        most[customer] = max(most.get(customer, 0), running.count(customer))
+        begun.put_nowait(command.order)
+        await go_on.wait()
+        running.remove(customer)
+        return Charged(charge=command.order)
+
+    await stage.start(charge_card)
+    await stage.send(*(enveloped(ChargeCard(order=order), saga=link()) for order in ("a1", "a2", "a3", "b1", "b2")))
+    async with asyncio.timeout(PATIENCE):
+        assert {(await begun.get())[0], (await begun.get())[0]} == {"a", "b"}
+    go_on.set()
+    assert {(await stage.replies.next()).type for _ in range(5)} == {"charged"}
+    assert most == {"a": 1, "b": 1}
