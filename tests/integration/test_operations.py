@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ async def test_a_reset_leaves_what_the_code_says_and_keeps_a_pause(stage: Stage,
     ],
 )
 async def test_a_value_of_no_use_is_refused_and_changes_nothing(
-    stage: Stage, operations: Operations, change: dict[str, object]
+    stage: Stage, operations: Operations, change: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigurationError):
         await operations.change("charge_card", now=stage.clock.now(), **BY, **change)
