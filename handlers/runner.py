@@ -336,8 +336,17 @@ class HandlerRunner:
         return outcome
 
     async def _once_in_transaction(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
+        again = False
+
+        async def work() -> Outcome:
+            nonlocal again
+            if again and (await self._inbox.find([envelope.key])).recorded:  # only the answer to the commit was lost
+                return Outcome(item, envelope, Result.SUCCEEDED, progress=Progress.LOST)
+            again = True
+            return await self._transact(item, envelope, message, context)
+
         try:
-            return await self._until_database_answers(lambda: self._transact(item, envelope, message, context))
+            return await self._until_database_answers(work)
         except _HandlersOwnError as own:
             error = own.error
         raise error

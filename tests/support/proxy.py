@@ -1,4 +1,4 @@
-"""A network between a client and a broker that fails as it is told to."""
+"""A network between a client and a broker or a database that fails as it is told to."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,6 +20,8 @@ class Proxy:
 
     `hold` is a broker that hangs, or a network that drops packets until it is repaired. `swallow` is a connection
     that is gone for good in one direction, as behind a firewall that has forgotten it; later connections work.
+    `watch_answers` asks before each answer. `cut` ends the connections there are now, at once or after so many bytes
+    more.
     """
 
     def __init__(self, target: URL) -> None:
@@ -27,6 +29,8 @@ class Proxy:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._connections: dict[asyncio.Task[None], set[Way]] = {}
+        self._left: dict[Way, int] = {}
+        self._answers: asyncio.Queue[asyncio.Event] | None = None
 
     def hold(self) -> None:
         """Keep all bytes until `release`."""
@@ -40,6 +44,21 @@ class Proxy:
         """Lose all that goes this way on the connections there are now; nobody is told."""
         for lost in self._connections.values():
             lost.add(way)
+
+    def watch_answers(self) -> asyncio.Queue[asyncio.Event]:
+        """Let each answer pass only when its event is set, until the connections are cut."""
+        self._answers = asyncio.Queue()
+        return self._answers
+
+    def cut(self) -> None:
+        """End all connections there are now."""
+        self._answers = None
+        for connection in list(self._connections):
+            connection.cancel()
+
+    def cut_after(self, count: int, way: Way) -> None:
+        """Pass on `count` bytes more this way, over all connections, then end them."""
+        self._left[way] = count
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
@@ -67,15 +86,28 @@ class Proxy:
             self._pass_on(from_broker, writer, Way.TO_CLIENT, lost),
         )
 
+    def _count(self, way: Way, passed: int) -> None:
+        self._left[way] -= passed
+        if self._left[way] == 0:
+            del self._left[way]
+            self.cut()
+
     async def _pass_on(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: Way, lost: set[Way]
     ) -> None:
         try:
             while data := await source.read(65_536):
                 await self._flowing.wait()
+                if way is Way.TO_CLIENT and self._answers is not None:
+                    may_pass = asyncio.Event()
+                    self._answers.put_nowait(may_pass)
+                    await may_pass.wait()
+                passed = data[: self._left.get(way)]
                 if way not in lost:
-                    sink.write(data)
+                    sink.write(passed)
                     await sink.drain()
+                if way in self._left:
+                    self._count(way, len(passed))
         except ConnectionError:
             pass
         finally:
