@@ -1,8 +1,22 @@
 """Who keeps track: sagas, the pure core that decides, the engine that applies, the store, operations."""
 
 from coordinator.app import App
-from coordinator.definition import Saga, compensated, completed, sequence, starts_on, step
+from coordinator.definition import Saga
+from coordinator.flow import parallel, sequence, when
 from coordinator.instance import Status
 from coordinator.settings import Settings
+from coordinator.steps import compensated, completed, starts_on, step
 
-__all__ = ["App", "Saga", "Settings", "Status", "compensated", "completed", "sequence", "starts_on", "step"]
+__all__ = [
+    "App",
+    "Saga",
+    "Settings",
+    "Status",
+    "compensated",
+    "completed",
+    "parallel",
+    "sequence",
+    "starts_on",
+    "step",
+    "when",
+]

@@ -1,7 +1,9 @@
 """A saga as a flowchart: Mermaid text, for a definition or for one instance with what was done and undone."""
 
-from coordinator.definition import SagaDefinition, Step
+from coordinator.definition import SagaDefinition
+from coordinator.flow import Node, Parallel, Sequence, When, nodes
 from coordinator.instance import Instance, Status, StepStatus
+from coordinator.steps import Step
 
 _CLASSES = {
     StepStatus.RUNNING: "running",
@@ -12,6 +14,7 @@ _CLASSES = {
     StepStatus.UNDONE: "undone",
     StepStatus.UNDO_FAILED: "refused",
 }
+Ends = list[tuple[str, str]]  # names of what is drawn, and what to write on the arrow that leaves it
 _STYLES = (
     "classDef done fill:#d7f5dd,stroke:#1a7f37,color:#0b3d1a",
     "classDef running fill:#dbeafe,stroke:#1d4ed8,color:#0b2a6b",
@@ -27,24 +30,59 @@ def mermaid(definition: SagaDefinition, instance: Instance | None = None) -> str
     With an `instance`, each part has the colour of where it stands.
     """
     lines = ["flowchart TD", f'    started(["{_text(" or ".join(s.event.message_type for s in definition.starts))}"])']
-    previous = "started"
-    for step in definition.steps:
-        lines.append(f'    {step.name}["{_label(step, instance)}"]')
-        lines.append(f"    {previous} --> {step.name}")
-        previous = step.name
-    lines += ['    completed(["completed"])', f"    {previous} --> completed"]
-    back = None
-    for step in definition.steps:
-        if step.undo is None:
-            continue
-        lines.append(f'    undo_{step.name}[/"{_text(step.undo.name)}"/]')
-        lines.append(f"    {step.name} -. undo .-> undo_{step.name}")
-        if back is not None:
-            lines.append(f"    undo_{step.name} -.-> undo_{back}")
-        else:
-            lines += ['    compensated(["compensated"])', f"    undo_{step.name} -.-> compensated"]
-        back = step.name
+    ends = _forth(definition.flow, [("started", "")], lines, instance)
+    lines.append('    completed(["completed"])')
+    lines += _edges(ends, "completed")
+    _back(definition.flow, [], lines)
     return "\n".join([*lines, *_colours(definition, instance)]) + "\n"
+
+
+def _forth(node: Node, before: Ends, lines: list[str], instance: Instance | None) -> Ends:
+    """Draw the way through `node` that begins where `before` ends; return where it ends."""
+    match node:
+        case Sequence(parts):
+            for part in parts:
+                before = _forth(part, before, lines, instance)
+            return before
+        case Parallel(parts):
+            return [end for part in parts for end in _forth(part, before, lines, instance)]
+        case When(condition, then, otherwise):
+            lines.append(f'    {condition.name}{{"{_text(condition.name)}?"}}')
+            lines += _edges(before, condition.name)
+            ends = _forth(then, [(condition.name, "yes")], lines, instance)
+            if otherwise is None:
+                return [*ends, (condition.name, "no")]
+            return ends + _forth(otherwise, [(condition.name, "no")], lines, instance)
+    lines.append(f'    {node.name}["{_label(node, instance)}"]')
+    lines += _edges(before, node.name)
+    return [(node.name, "")]
+
+
+def _edges(before: Ends, after: str) -> list[str]:
+    return [f"    {end} -->{f'|{label}|' if label else ''} {after}" for end, label in before]
+
+
+def _back(node: Node, before: list[str], lines: list[str]) -> list[str]:
+    """Draw how `node` is undone, up to the compensations `before` it; return the first ones to go."""
+    match node:
+        case Sequence(parts):
+            for part in parts:
+                before = _back(part, before, lines)
+            return before
+        case Parallel(parts):
+            return list(dict.fromkeys(end for part in parts for end in _back(part, before, lines)))
+        case When(parts=parts, otherwise=otherwise):
+            ends = [end for part in parts for end in _back(part, before, lines)]
+            return list(dict.fromkeys(ends if otherwise is not None else [*ends, *before]))
+    if node.undo is None:
+        return before
+    undo, compensated = f"undo_{node.name}", '    compensated(["compensated"])'
+    lines.append(f'    {undo}[/"{_text(node.undo.name)}"/]')
+    lines.append(f"    {node.name} -. undo .-> {undo}")
+    if not before and compensated not in lines:
+        lines.append(compensated)
+    lines += [f"    {undo} -.-> {end}" for end in before or ["compensated"]]
+    return [undo]
 
 
 def _label(step: Step, instance: Instance | None) -> str:
@@ -59,10 +97,12 @@ def _colours(definition: SagaDefinition, instance: Instance | None) -> list[str]
     if instance is None:
         return []
     lines = [f"    {style}" for style in _STYLES]
-    for step in definition.steps:
-        at = instance.steps.get(step.name)
-        if at is None:
+    for node in nodes(definition.flow):
+        if isinstance(node, When) and node.condition.name in instance.steps:
+            lines.append(f"    class {node.condition.name} done")
+        if not isinstance(node, Step) or (at := instance.steps.get(node.name)) is None:
             continue
+        step = node
         lines.append(f"    class {step.name} {_CLASSES[at.status]}")
         if step.undo is not None and at.undo_attempt:
             undone = {StepStatus.UNDONE: "done", StepStatus.UNDO_FAILED: "refused"}.get(at.status, "running")

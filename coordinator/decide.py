@@ -5,18 +5,16 @@ and the history entry. Every change of an instance goes through here.
 """
 
 from dataclasses import replace
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import datetime
 
-from coordinator.decision import Announcement, Decision, HistoryEntry, Input, Replied, Request, Started
-from coordinator.definition import Deadline, Hook, OutcomeHook, Saga, SagaDefinition, Step
+from coordinator.decision import Decision, HistoryEntry, Input, Replied, Started
+from coordinator.definition import SagaDefinition
+from coordinator.draft import MAX_REASON, Draft
 from coordinator.instance import Instance, Status, StepState, StepStatus
-from events.derive import derive_id
+from coordinator.steps import Step
+from coordinator.walk import send, undo, walk
 from events.envelope import Direction, Result
-from events.message import Command, Event, Failed, Message
-
-_MAX_REASON = 1000
-_NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+from events.message import Failed, Message
 
 
 def decide(definition: SagaDefinition, instance: Instance | None, given: Input) -> Decision | None:
@@ -29,7 +27,7 @@ def decide(definition: SagaDefinition, instance: Instance | None, given: Input) 
         return _start(definition, given)
     if instance is None:
         raise ValueError("only a start event needs no instance")
-    draft = _Draft(definition, instance, given.now)
+    draft = Draft(definition, instance, given.now)
     if isinstance(given, Replied):
         return _reply(draft, given)
     return _elapse(draft)
@@ -44,71 +42,10 @@ def give_up(instance: Instance, reason: str, now: datetime) -> Decision:
         steps=steps,
         revision=instance.revision + 1,
         due_at=None,
-        reason=reason[:_MAX_REASON],
+        reason=reason[:MAX_REASON],
         updated_at=now,
     )
     return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason))
-
-
-class _Draft:
-    """An instance in the making: the only thing that changes here, and it lives for one decision."""
-
-    def __init__(self, definition: SagaDefinition, instance: Instance, now: datetime) -> None:
-        self.definition = definition
-        self.before = instance
-        self.now = now
-        self.saga: Saga = definition.cls.from_state(instance.state)
-        # As the class writes it: a database may write the same number otherwise.
-        self.state = self.found = self.saga.to_state()
-        self.steps = dict(instance.steps)
-        self.status = instance.status
-        self.reason = instance.reason
-        self.requests: list[Request] = []
-        self.announcements: list[Announcement] = []
-
-    def set(self, step: str, **changes: Any) -> None:
-        self.steps[step] = replace(self.steps[step], **changes)
-
-    def settle(self, step: str, status: StepStatus, **changes: Any) -> None:
-        """Set the status of a step from which no answer is awaited any more."""
-        self.set(step, status=status, due_at=None, made_of=None, **changes)
-
-    def change(self, saga: Saga, state: dict[str, Any]) -> None:
-        """Give the saga another state. A command that is sent again says what it said before: keep what that was."""
-        for name, at in self.steps.items():
-            if at.status.outstanding and at.made_of is None:
-                self.set(name, made_of=self.state)
-        self.saga, self.state = saga, state
-
-    def explain(self, reason: str) -> None:
-        """Keep the first reason: what comes later follows from it."""
-        if self.reason is None:
-            self.reason = reason[:_MAX_REASON]
-
-    def finish(self, kind: str, **about: Any) -> Decision:
-        before, state = self.before, self.state
-        change: dict[str, Any] = {}
-        if state != self.found:
-            change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
-        if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
-            change["steps"] = {name: at.to_json() for name, at in changed.items()}
-        due = [at.due_at for at in self.steps.values() if at.due_at is not None]
-        instance = replace(
-            before,
-            status=self.status,
-            state=state,
-            steps=self.steps,
-            revision=before.revision + 1,
-            due_at=min(due) if due else None,
-            reason=self.reason,
-            updated_at=self.now,
-        )
-        sent = [
-            {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}
-            for r in self.requests
-        ] + [{"id": str(a.id), "type": a.event.message_type} for a in self.announcements]
-        entry = HistoryEntry(kind, self.now, self.status, reason=self.reason, change=change, sent=tuple(sent), **about)
-        return Decision(instance, tuple(self.requests), tuple(self.announcements), entry)
 
 
 def _start(definition: SagaDefinition, given: Started) -> Decision:
@@ -126,13 +63,13 @@ def _start(definition: SagaDefinition, given: Started) -> Decision:
         traceparent=given.traceparent,
         created_at=given.now,
     )
-    draft = _Draft(definition, instance, given.now)
-    _walk(draft)
+    draft = Draft(definition, instance, given.now)
+    walk(draft)
     decision = draft.finish("started", message_id=given.message_id)
     return replace(decision, entry=replace(decision.entry, change={**decision.entry.change, "state": instance.state}))
 
 
-def _reply(draft: _Draft, given: Replied) -> Decision:
+def _reply(draft: Draft, given: Replied) -> Decision:
     about = {
         "step": given.step,
         "direction": given.direction,
@@ -149,7 +86,7 @@ def _reply(draft: _Draft, given: Replied) -> Decision:
             _done(draft, step, given)
         else:
             _undone(draft, step, given)
-        _walk(draft)
+        walk(draft)
         return draft.finish("reply", **about)
     if _is_late_effect(at, given):
         _late_effect(draft, step, given)
@@ -160,24 +97,24 @@ def _reply(draft: _Draft, given: Replied) -> Decision:
     return draft.finish("late_reply", **about)
 
 
-def _done(draft: _Draft, step: Step, given: Replied) -> None:
+def _done(draft: Draft, step: Step, given: Replied) -> None:
     """Take in the outcome of a step."""
     match given.result:
         case Result.SUCCEEDED:
             draft.settle(step.name, StepStatus.SUCCEEDED)
-            if error := _apply(draft, step.on_succeeded, given.outcome):
-                _turn_back(draft, f"{step.name} succeeded, but {error}")
+            if error := draft.apply(step.on_succeeded, given.outcome):
+                draft.turn_back(f"{step.name} succeeded, but {error}")
         case Result.DECLINED:
             draft.settle(step.name, StepStatus.DECLINED)
-            error = _apply(draft, step.on_declined, given.outcome)
-            _turn_back(draft, f"{step.name} declined: {given.detail}" + (f"; {error}" if error else ""))
+            error = draft.apply(step.on_declined, given.outcome)
+            draft.turn_back(f"{step.name} declined: {given.detail}" + (f"; {error}" if error else ""))
         case Result.FAILED:
             # Tried in vain is not the same as not done: a call may have been answered too late to be seen.
             draft.settle(step.name, StepStatus.UNKNOWN, answer=Result.FAILED)
-            _turn_back(draft, f"{step.name} failed: {given.detail}")
+            draft.turn_back(f"{step.name} failed: {given.detail}")
 
 
-def _undone(draft: _Draft, step: Step, given: Replied) -> None:
+def _undone(draft: Draft, step: Step, given: Replied) -> None:
     """Take in the outcome of a compensation."""
     if given.result is Result.SUCCEEDED:
         draft.settle(step.name, StepStatus.UNDONE)
@@ -196,13 +133,13 @@ def _is_late_effect(at: StepState, given: Replied) -> bool:
     return given.result is Result.SUCCEEDED and at.answer is not Result.SUCCEEDED
 
 
-def _late_effect(draft: _Draft, step: Step, given: Replied) -> None:
+def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
     """Undo what has happened after all, now that it is known what there is to undo.
 
     A compensation that was sent before may have found nothing to undo, so it is sent again as a new attempt.
     Its idempotency key is the same, so what was undone already is not undone twice.
     """
-    if error := _apply(draft, step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None):
+    if error := draft.apply(step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None):
         draft.explain(f"{step.name} succeeded late, but {error}")
     undoing = draft.steps[step.name].status is StepStatus.UNDOING
     happened = StepStatus.SUCCEEDED if given.result is Result.SUCCEEDED else StepStatus.UNKNOWN
@@ -211,9 +148,8 @@ def _late_effect(draft: _Draft, step: Step, given: Replied) -> None:
         return
     draft.status = Status.COMPENSATING
     if undoing:
-        _undo(draft, step)
-    if not any(at.status.outstanding for at in draft.steps.values()):
-        _walk(draft)
+        undo(draft, step)
+    walk(draft)
 
 
 def _is_late_undo(at: StepState, given: Replied) -> bool:
@@ -222,184 +158,35 @@ def _is_late_undo(at: StepState, given: Replied) -> bool:
     return undone and at.status is StepStatus.UNDO_FAILED and given.attempt == at.undo_attempt
 
 
-def _late_undo(draft: _Draft, step: Step) -> None:
+def _late_undo(draft: Draft, step: Step) -> None:
     """Count a compensation as done; if nothing else is left to be undone, nobody need look at the saga any more."""
     draft.settle(step.name, StepStatus.UNDONE)
     left = any(at.status is StepStatus.UNDO_FAILED or at.status.outstanding for at in draft.steps.values())
     if draft.status is Status.NEEDS_ATTENTION and not left:
         draft.status = Status.COMPENSATING
-        _walk(draft)
+        walk(draft)
 
 
-def _elapse(draft: _Draft) -> Decision | None:
+def _elapse(draft: Draft) -> Decision | None:
     due = [name for name, at in draft.steps.items() if at.due_at is not None and at.due_at <= draft.now]
     if not due:
         return None  # somebody was faster: the deadline was met or moved
     for name in due:
         step, at = draft.definition.by_name[name], draft.steps[name]
         if at.status is StepStatus.RUNNING:
-            if at.sends <= step.deadline.resends:
-                _send(draft, step, Direction.DO, at.attempt, at.sends + 1)
+            if at.sends <= step.deadline.resends and draft.status is Status.RUNNING:
+                send(draft, step, Direction.DO, at.attempt, at.sends + 1)
             else:
                 draft.settle(name, StepStatus.UNKNOWN)
-                _turn_back(draft, f"{name} gave no answer in time")
+                draft.turn_back(f"{name} gave no answer in time")
         elif at.status is StepStatus.UNDOING:
             if at.sends <= step.undo_deadline.resends:
-                _send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
+                send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
             else:
                 draft.settle(name, StepStatus.UNDO_FAILED)
                 draft.explain(f"undoing {name} gave no answer in time")
-    if not draft.requests:
-        _walk(draft)
+    walk(draft)
     return draft.finish("deadline", step=due[0])
-
-
-def _turn_back(draft: _Draft, reason: str) -> None:
-    draft.status = Status.COMPENSATING
-    draft.explain(reason)
-
-
-def _walk(draft: _Draft) -> None:
-    """Send what comes next in the saga's direction, or end it: one walk for both ways."""
-    while draft.status.in_flight:
-        step = _next(draft)
-        if step is None:
-            _end(draft)
-        elif draft.status is Status.RUNNING:
-            draft.steps[step.name] = StepState(StepStatus.RUNNING)
-            _send(draft, step, Direction.DO, 1, 1)
-        else:
-            _undo(draft, step)
-        if draft.requests:
-            return
-
-
-def _next(draft: _Draft) -> Step | None:
-    steps = draft.definition.steps
-    if draft.status is Status.RUNNING:
-        return next((step for step in steps if step.name not in draft.steps), None)
-    return next(
-        (
-            step
-            for step in reversed(steps)
-            if step.undo is not None and step.name in draft.steps and draft.steps[step.name].status.to_undo
-        ),
-        None,
-    )
-
-
-def _undo(draft: _Draft, step: Step) -> None:
-    at = draft.steps[step.name]
-    attempt = at.undo_attempt + 1
-    # From now on only this tells a success that comes a second time from one that comes late.
-    answer = Result.SUCCEEDED if at.status is StepStatus.SUCCEEDED else at.answer
-    draft.set(step.name, status=StepStatus.UNDOING, answer=answer, undo_attempt=attempt, sends=0, made_of=None)
-    _send(draft, step, Direction.UNDO, attempt, 1)
-
-
-def _send(draft: _Draft, step: Step, direction: Direction, attempt: int, sends: int) -> None:
-    """Ask the saga for the command and send it; if the saga cannot make it, nothing was done."""
-    hook: Hook | None = step if direction is Direction.DO else step.undo
-    deadline: Deadline = step.deadline if direction is Direction.DO else step.undo_deadline
-    command, error = _ask(draft, hook, state=draft.steps[step.name].made_of)
-    if error is None and not isinstance(command, Command):
-        error = f"it must return a Command, not {type(command).__name__}"
-    if error is not None:
-        if direction is Direction.DO:
-            never_sent = draft.steps[step.name].sends == 0
-            draft.settle(step.name, StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN)
-            _turn_back(draft, f"{step.name} could not be asked for: {error}")
-        else:
-            draft.settle(step.name, StepStatus.UNDO_FAILED)
-            draft.explain(f"{step.name} could not be undone: {error}")
-        return
-    due_at = draft.now + timedelta(seconds=deadline.wait(sends))
-    identity = derive_id(draft.before.id, step.name, direction.value, attempt)
-    if direction is Direction.DO:
-        named = command.message_type if step.undo is not None else None
-        draft.set(step.name, sends=sends, due_at=due_at, command=named)
-        draft.requests.append(Request(identity, command, step.name, direction, attempt))
-        return
-    draft.set(step.name, sends=sends, due_at=due_at)
-    at = draft.steps[step.name]
-    undoes = derive_id(draft.before.id, step.name, Direction.DO.value, at.attempt) if at.command else None
-    draft.requests.append(Request(identity, command, step.name, direction, attempt, undoes, at.command))
-
-
-def _end(draft: _Draft) -> None:
-    """All steps are done, or all that can be undone is: say so."""
-    arguments: tuple[str, ...] = ()
-    if draft.status is Status.RUNNING:
-        draft.status, ending = Status.COMPLETED, draft.definition.on_completed
-    elif any(at.status is StepStatus.UNDO_FAILED for at in draft.steps.values()):
-        draft.status = Status.NEEDS_ATTENTION
-        return
-    else:
-        draft.status, ending, arguments = Status.COMPENSATED, draft.definition.on_compensated, (draft.reason or "",)
-    if ending is None:
-        return
-    event, error = _ask(draft, ending, *arguments)
-    if error is None and event is not None and not isinstance(event, Event):
-        error = f"it must return an Event or None, not {type(event).__name__}"
-    if error is not None:
-        draft.reason = f"{draft.status.value}, but {ending.name} failed: {error}"[:_MAX_REASON]
-        draft.status = Status.NEEDS_ATTENTION
-    elif event is not None:
-        draft.announcements.append(Announcement(derive_id(draft.before.id, "announce", draft.status.value), event))
-
-
-def _apply(draft: _Draft, hook: OutcomeHook | None, outcome: Message | None) -> str | None:
-    """Let the saga take an outcome into its state; return what went wrong, and then leave the state as it was."""
-    if hook is None or outcome is None:
-        return None
-    what = "raised"
-    try:
-        hook.function(draft.saga, outcome)
-        what = "left a broken state:"
-        state = draft.saga.to_state()
-        if state != draft.state:  # what it assigned must be readable again
-            draft.change(draft.definition.cls.from_state(state), state)
-    except _NOT_OURS:
-        raise
-    except BaseException as error:  # noqa: BLE001  # user code raises what it likes, Rust extensions panic
-        draft.saga = draft.definition.cls.from_state(draft.state)
-        return f"{hook.name} {what} {_shown(error)}"
-    return None
-
-
-def _ask(draft: _Draft, hook: Hook | None, *arguments: Any, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """Ask the saga, as it is now or as it was in `state`, for a message; return that, or None and what went wrong."""
-    if hook is None:
-        return None, "there is no method for it"
-    saga, before = draft.saga, draft.state
-    if state is not None:
-        saga = draft.definition.cls.from_state(state)
-        before = saga.to_state()
-    try:
-        message = hook.function(saga, *arguments)
-        if _is_unchanged(saga, before):
-            return message, None
-        error = f"{hook.name} changed the saga, which only a method for an outcome may"
-    except _NOT_OURS:
-        raise
-    except BaseException as broken:  # noqa: BLE001  # user code raises what it likes, Rust extensions panic
-        error = f"{hook.name} raised {_shown(broken)}"
-    draft.saga = draft.definition.cls.from_state(draft.state)
-    return None, error
-
-
-def _is_unchanged(saga: Saga, state: dict[str, Any]) -> bool:
-    try:
-        return saga.to_state() == state
-    except ValueError:  # it holds what cannot be stored, which the state did not
-        return False
-
-
-def _shown(error: BaseException) -> str:
-    try:
-        return repr(error)
-    except Exception:  # noqa: BLE001  # an error that cannot even be shown
-        return type(error).__name__
 
 
 def describe(outcome: Message | None) -> str:

@@ -34,6 +34,8 @@ class StepStatus(StrEnum):
     UNDOING = "undoing"
     UNDONE = "undone"
     UNDO_FAILED = "undo_failed"
+    TAKEN = "taken"  # of a condition: it held
+    NOT_TAKEN = "not_taken"
 
     @property
     def outstanding(self) -> bool:

@@ -3,7 +3,9 @@
 from typing import Self
 from uuid import UUID
 
-from coordinator.definition import Saga, compensated, completed, sequence, starts_on, step
+from coordinator.definition import Saga
+from coordinator.flow import sequence
+from coordinator.steps import compensated, completed, starts_on, step
 from events.catalog.orders import (
     CancelShipment,
     OrderCancelled,

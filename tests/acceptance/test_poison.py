@@ -98,8 +98,10 @@ async def test_f47_poison_ends_as_dead_letters_and_all_others_are_handled_once(
     await asyncio.to_thread(wait_until, is_over, "the end of all poison", 120 + 30 * poison[Kind.KILLS])
     assert sorted(number for (number,) in ask("SELECT number FROM poison_handled")) == good, processes[0].log[-3000:]
     letters = ask("SELECT reason, error_type, attempts FROM dead_letter")
-    assert Counter(letters) == {
-        ("failed", "ValueError", 3): poison[Kind.RAISES],
-        ("failed", "TimeoutError", 3): poison[Kind.HANGS],
-        ("crashed", None, 3): poison[Kind.KILLS],
+    assert Counter(letter[:2] for letter in letters) == {
+        ("failed", "ValueError"): poison[Kind.RAISES],
+        ("failed", "TimeoutError"): poison[Kind.HANGS],
+        ("crashed", None): poison[Kind.KILLS],
     }
+    # A try that ended with its process, killed by another message, is counted and made again.
+    assert {attempts for _, _, attempts in letters} <= {3, 4, 5}

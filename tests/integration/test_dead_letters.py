@@ -9,8 +9,10 @@ from uuid import UUID, uuid4
 import pytest
 from pydantic_core import from_json
 
-from coordinator.definition import Saga, sequence, starts_on, step
+from coordinator.definition import Saga
+from coordinator.flow import sequence
 from coordinator.instance import Status
+from coordinator.steps import starts_on, step
 from events.bus import DEAD_LETTERS, Address, Exchange, Queue
 from events.codec import Limits, bundle_body
 from events.database import transaction

@@ -13,9 +13,11 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from coordinator.definition import Saga, sequence, starts_on, step
+from coordinator.definition import Saga
 from coordinator.engine import Engine
+from coordinator.flow import parallel, sequence, when
 from coordinator.instance import Instance, Status, StepStatus
+from coordinator.steps import starts_on, step
 from coordinator.store import Store
 from coordinator.tables import saga_history, saga_instance
 from events.codec import Limits, bundle_body
@@ -39,7 +41,7 @@ from tests.support.flows import (
     open_store,
     until,
 )
-from tests.support.sagas import BookHotel, CancelHotel, FlightBooked, FlightFull, Trip, TripWanted
+from tests.support.sagas import BookFlight, BookHotel, CancelHotel, FlightBooked, FlightFull, PayTrip, Trip, TripWanted
 
 BY_HAND = 1e6  # seconds between looks for deadlines: the tests look themselves
 DATABASE_PAUSE = 0.5
@@ -63,6 +65,39 @@ class NewTrip(Saga, name="trip", version=2):
         return BookHotel(trip=self.trip)
 
     flow = sequence(hotel)
+
+
+def is_long(self: Any) -> bool:
+    return bool(self.trip.startswith("long"))
+
+
+class Branching(Saga):
+    """Steps side by side, and a choice."""
+
+    trip: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(trip=event.trip)
+
+    @step
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip)
+
+    @hotel.compensation
+    def cancel_hotel(self) -> CancelHotel:
+        return CancelHotel(trip=self.trip)
+
+    @step
+    def flight(self) -> BookFlight:
+        return BookFlight(trip=self.trip)
+
+    @step
+    def payment(self) -> PayTrip:
+        return PayTrip(trip=self.trip)
+
+    flow = sequence(parallel(hotel, flight), when(is_long, payment))
 
 
 class Measured(Trip, name="measured"):
@@ -319,6 +354,20 @@ async def test_several_replies_to_one_saga_in_one_batch_are_taken_in_order(world
     assert (done.status, done.state["ticket"], done.due_at) == (Status.COMPLETED, "T1", None)
     assert await world.history() == ["started", "reply", "late_reply", "reply", "reply"]
     assert {each.type for each in await world.sent()} == {"book.hotel", "book.flight", "pay.trip", "trip.ready"}
+
+
+@pytest.mark.parametrize(("trip", "payments", "status"), [("long", 1, "running"), ("short", 0, "completed")])
+async def test_steps_side_by_side_are_sent_at_once_and_their_replies_taken_in_one_batch(
+    world: World, trip: str, payments: int, status: str
+) -> None:
+    coordinator = await world.coordinator(Branching)
+    await coordinator.take(wanted(trip))
+    assert {each.type for each in await world.sent()} == {"book.hotel", "book.flight"}
+    saga_id = (await world.instance(trip)).id
+    await coordinator.take(reply(saga_id, "hotel"), reply(saga_id, "flight"))
+    assert len(await world.sent("pay.trip")) == payments
+    assert (await world.instance(trip)).status == status
+    assert await world.history(trip) == ["started", "reply", "reply"]
 
 
 async def test_what_cannot_be_taken_is_kept_byte_for_byte_while_the_rest_goes_on(world: World) -> None:

@@ -4,7 +4,9 @@ from datetime import timedelta
 from typing import Self
 
 from coordinator.decision import Decision, Elapsed, Replied, Request
-from coordinator.definition import Saga, compensated, completed, sequence, starts_on, step
+from coordinator.definition import Saga
+from coordinator.flow import sequence
+from coordinator.steps import compensated, completed, starts_on, step
 from coordinator.testing import BEGIN as START
 from coordinator.testing import SAGA_ID, SagaRun
 from events.envelope import Direction, Result

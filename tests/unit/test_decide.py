@@ -11,8 +11,10 @@ import pytest
 
 from coordinator.decide import decide, describe, give_up
 from coordinator.decision import Elapsed, Replied, Started
-from coordinator.definition import Saga, completed, sequence, starts_on, step
+from coordinator.definition import Saga
+from coordinator.flow import sequence
 from coordinator.instance import Instance, Status, StepState, StepStatus
+from coordinator.steps import completed, starts_on, step
 from events.derive import derive_id
 from events.envelope import Direction, Result
 from events.message import Event, Failed, Refused, Succeeded

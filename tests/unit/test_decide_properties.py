@@ -16,20 +16,10 @@ from hypothesis import strategies as st
 
 from coordinator.decide import decide
 from coordinator.decision import Decision, Elapsed, Input, Replied, Request, Started
-from coordinator.definition import (
-    Deadline,
-    Ending,
-    Hook,
-    OutcomeHook,
-    Saga,
-    SagaDefinition,
-    Start,
-    Step,
-    sequence,
-    starts_on,
-    step,
-)
+from coordinator.definition import Saga, SagaDefinition
+from coordinator.flow import Sequence, sequence
 from coordinator.instance import Instance, Status, StepStatus
+from coordinator.steps import Deadline, Ending, Hook, OutcomeHook, Start, Step, starts_on, step
 from events.derive import derive_id
 from events.envelope import Direction, Result
 from events.message import Command, Event, Reply
@@ -119,7 +109,7 @@ def make(shape: Shape) -> SagaDefinition:
         1,
         Drawn,
         (Start(Drawn.begun, Begun, "key"),),
-        steps,
+        Sequence(steps),
         Ending(_named("completed", lambda saga: _ended(saga, "completed")), compensated=False),
         Ending(_named("compensated", lambda saga, _: _ended(saga, "compensated")), compensated=True),
     )

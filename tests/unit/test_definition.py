@@ -13,9 +13,11 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from coordinator.app import App
-from coordinator.definition import Deadline, Saga, Start, Step, compensated, completed, sequence, starts_on, step
+from coordinator.definition import Saga
+from coordinator.flow import sequence
 from coordinator.loading import load_app
 from coordinator.settings import Settings, load_settings
+from coordinator.steps import Deadline, Start, Step, compensated, completed, starts_on, step
 from events.codec import Limits
 from events.errors import ConfigurationError, DefinitionError
 from events.message import Command, Event, Reply
@@ -108,7 +110,6 @@ OUTCOME = "must take self and the outcome, annotated with an Event or a Reply"
         ({"begin": classmethod(begins)}, "declare how it begins with @starts_on(Event)"),
         ({"flow": None}, "declare its flow: flow = sequence(first, second, ...)"),
         ({"flow": [STEP]}, "declare its flow: flow = sequence(first, second, ...)"),
-        ({"only": None, "flow": sequence()}, "its flow is empty"),
         ({"only": STEP, "flow": sequence(STEP, STEP)}, "a step stands twice in its flow"),
         ({"only": STEP, "other": one_step("other"), "flow": sequence(STEP)}, "other is not in its flow"),
         ({"end": completed(ends), "fin": completed(ends)}, "it has two endings of the same kind"),
@@ -153,7 +154,7 @@ def test_a_step_has_one_method_for_each_role(role: str) -> None:
 
 @pytest.mark.parametrize("part", [does, "only", None])
 def test_a_sequence_is_made_of_steps(part: Any) -> None:
-    with pytest.raises(DefinitionError, match=r"sequence takes steps; .* is none: decorate it with @step"):
+    with pytest.raises(DefinitionError, match=r"sequence takes steps and parts of a flow; .* is none"):
         sequence(STEP, part)
 
 

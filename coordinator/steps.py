@@ -1,0 +1,181 @@
+"""The methods of a saga and their roles: how it starts, its steps with their compensations, how it ends. Pure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+from events.errors import DefinitionError
+from events.message import Event, Message
+
+DEFAULT_TIMEOUT = 300.0
+DEFAULT_UNDO_RESENDS = 5
+_LONGEST = 10 * 366 * 86_400.0  # seconds: ten years
+_MOST_RESENDS = 100
+
+HookT = TypeVar("HookT", bound="Hook")
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """How long an answer may take.
+
+    Attributes:
+        timeout: seconds from sending a command to giving up on its answer.
+        resends: how often the same command is sent again before that; each wait is twice the one before.
+    """
+
+    timeout: float
+    resends: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= _LONGEST or not 0 <= self.resends <= _MOST_RESENDS:
+            raise DefinitionError(
+                f"a timeout must be positive and resends not negative, {_LONGEST:.0f} s and {_MOST_RESENDS} at most"
+            )
+
+    def wait(self, sends: int) -> float:
+        """Return the seconds to wait after the given number of sends."""
+        return min(_LONGEST, self.timeout * 2.0 ** (sends - 1))
+
+
+class Hook:
+    """A method of a saga with a role. On an instance it is an ordinary method, so that it can be tested."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else self.function.__get__(instance, owner)
+
+
+class OutcomeHook(Hook):
+    """A method that takes the outcome of a step into the state; its annotation says which message that is."""
+
+    outcome: type[Message]
+
+
+class Start(Hook):
+    """A method that makes a saga of a start event."""
+
+    def __init__(self, function: Callable[..., Any], event: type[Event], key: str | None) -> None:
+        # It may be marked as a class method, too, which says to type checkers what it is.
+        super().__init__(function.__func__ if isinstance(function, classmethod) else function)
+        self.event = event
+        self.key = key
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self.function.__get__(owner, type(owner))
+
+
+class Step(Hook):
+    """One command with its outcomes, its deadline and its compensation."""
+
+    def __init__(self, function: Callable[..., Any], deadline: Deadline) -> None:
+        super().__init__(function)
+        self.deadline = deadline
+        self.undo: Hook | None = None
+        self.undo_deadline = Deadline(deadline.timeout, DEFAULT_UNDO_RESENDS)
+        self.on_succeeded: OutcomeHook | None = None
+        self.on_declined: OutcomeHook | None = None
+
+    def succeeded(self, function: Callable[..., Any]) -> OutcomeHook:
+        """Declare the method that takes a success into the state: `def charged(self, outcome: PaymentCaptured)`."""
+        hook = OutcomeHook(function)
+        self.on_succeeded = self._once(self.on_succeeded, hook)
+        return hook
+
+    def declined(self, function: Callable[..., Any]) -> OutcomeHook:
+        """Declare the method that takes a business no into the state: `def refused(self, outcome: PaymentFailed)`."""
+        hook = OutcomeHook(function)
+        self.on_declined = self._once(self.on_declined, hook)
+        return hook
+
+    @overload
+    def compensation(self, function: Callable[..., Any], /) -> Hook: ...
+    @overload
+    def compensation(
+        self, /, *, timeout: float | None = ..., resends: int = ...
+    ) -> Callable[[Callable[..., Any]], Hook]: ...
+    def compensation(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        resends: int = DEFAULT_UNDO_RESENDS,
+    ) -> Hook | Callable[[Callable[..., Any]], Hook]:
+        """Declare the method that returns the command which undoes this step.
+
+        It is sent when the step has succeeded or when nobody knows whether it has, so its handler must do
+        nothing gracefully where there is nothing to undo.
+
+        Args:
+            function: the method.
+            timeout: seconds to wait for the answer; by default the step's.
+            resends: how often it is sent again before it counts as failed.
+        """
+
+        def decorate(function: Callable[..., Any]) -> Hook:
+            hook = Hook(function)
+            self.undo = self._once(self.undo, hook)
+            self.undo_deadline = Deadline(self.deadline.timeout if timeout is None else timeout, resends)
+            return hook
+
+        return decorate if function is None else decorate(function)
+
+    def _once(self, known: Hook | None, hook: HookT) -> HookT:
+        if known is not None:
+            raise DefinitionError(f"step {self.name}: {known.name} and {hook.name} have the same role")
+        return hook
+
+
+def starts_on(event: type[Event], *, key: str | None = None) -> Callable[[Callable[..., Any]], Start]:
+    """Declare the class method that makes a new saga of `event`; writing @classmethod below it is optional.
+
+    Args:
+        event: the start event.
+        key: the field of the saga that is its business key; by default its first field. A second start
+            with the same key is a duplicate.
+    """
+    return lambda function: Start(function, event, key)
+
+
+@overload
+def step(function: Callable[..., Any], /) -> Step: ...
+@overload
+def step(*, timeout: float = ..., resends: int = ...) -> Callable[[Callable[..., Any]], Step]: ...
+def step(
+    function: Callable[..., Any] | None = None, /, *, timeout: float = DEFAULT_TIMEOUT, resends: int = 0
+) -> Step | Callable[[Callable[..., Any]], Step]:
+    """Declare a step: a method that returns the command to send.
+
+    Args:
+        function: the method.
+        timeout: seconds to wait for the answer. After that the outcome is unknown, and the saga is undone.
+        resends: how often the same command is sent again before that.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Step:
+        return Step(function, Deadline(timeout, resends))
+
+    return decorate if function is None else decorate(function)
+
+
+class Ending(Hook):
+    """A method that returns the event to publish when the saga has ended."""
+
+    def __init__(self, function: Callable[..., Any], *, compensated: bool) -> None:
+        super().__init__(function)
+        self.compensated = compensated
+
+
+def completed(function: Callable[..., Any]) -> Ending:
+    """Declare the method that returns the event to publish (or None) when all steps have succeeded."""
+    return Ending(function, compensated=False)
+
+
+def compensated(function: Callable[..., Any]) -> Ending:
+    """Declare the method that returns the event to publish (or None) when all is undone; it is given the reason."""
+    return Ending(function, compensated=True)

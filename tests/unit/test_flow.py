@@ -1,0 +1,298 @@
+"""Flows: what runs side by side, what is chosen, and how all of it is undone."""
+
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator import Saga, Status, parallel, sequence, starts_on, step, when
+from coordinator.charts import mermaid
+from coordinator.flow import Node, Parallel, Sequence, When, nodes
+from coordinator.instance import StepStatus
+from coordinator.steps import Hook, Step
+from coordinator.testing import SagaRun
+from events import Command, Event
+from events.envelope import Direction, Result
+from events.errors import DefinitionError
+
+
+class TripWanted(Event):
+    trip: str
+    far: bool = False
+
+
+class Book(Command):
+    what: str
+
+
+class Cancel(Command):
+    what: str
+
+
+def booking(name: str, *, undone: bool = True) -> Step:
+    def book(self: Any) -> Book:
+        assert self.trip
+        return Book(what=name)
+
+    def cancel(self: Any) -> Cancel:
+        assert self.trip
+        return Cancel(what=name)
+
+    book.__name__, cancel.__name__ = name, f"cancel_{name}"
+    made = step(book)
+    if undone:
+        made.compensation(cancel)
+    return made
+
+
+def wanted(cls: Any, event: TripWanted) -> Any:
+    return cls(trip=event.trip, far=event.far)
+
+
+def saga(flow: Node) -> type[Saga]:
+    """A saga with this flow."""
+    steps = {node.name: node for node in nodes(flow) if isinstance(node, Step)}
+    fields = {"__annotations__": {"trip": str, "far": bool}, "far": False}
+    namespace = {"__module__": __name__, **fields, "wanted": starts_on(TripWanted)(wanted), **steps, "flow": flow}
+    made: Any = type(Saga)
+    return cast("type[Saga]", made("Trip", (Saga,), namespace))
+
+
+def is_far(self: Any) -> bool:
+    return bool(self.far)
+
+
+def run(flow: Node, *, far: bool = False) -> SagaRun:
+    return SagaRun(saga(flow), TripWanted(trip="1", far=far))
+
+
+def names(commands: list[Command]) -> list[str]:
+    return [f"{type(each).__name__.lower()} {each.what}" for each in commands if isinstance(each, Book | Cancel)]
+
+
+def test_parts_of_a_parallel_begin_together_and_what_follows_waits_for_all_of_them() -> None:
+    trip = run(sequence(booking("a"), parallel(booking("b"), sequence(booking("c"), booking("d"))), booking("e")))
+    assert names(trip.succeeds().sent) == ["book b", "book c"]
+    assert names(trip.succeeds(step="c").sent) == ["book d"]
+    assert names(trip.succeeds(step="b").sent) == []
+    assert names(trip.succeeds(step="d").sent) == ["book e"]
+    assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_when_a_branch_fails_the_others_are_undone_as_soon_as_they_have_answered() -> None:
+    trip = run(sequence(booking("a"), parallel(booking("b"), booking("c"), booking("d"))))
+    trip.succeeds()
+    trip.succeeds(step="b")
+    assert names(trip.declines("no room", step="c").sent) == ["cancel b"], "d may still be under way"
+    assert names(trip.succeeds(step="d").sent) == ["cancel d"]
+    assert names(trip.succeeds(step="d").sent) == [], "b is not undone yet"
+    assert names(trip.succeeds(step="b").sent) == ["cancel a"]
+    assert trip.succeeds().status is Status.COMPENSATED
+    assert trip.reason == "c declined: no room"
+
+
+def test_nothing_new_begins_in_a_branch_beside_one_that_failed() -> None:
+    trip = run(parallel(sequence(booking("a"), booking("b")), booking("c")))
+    trip.fails(step="c")
+    assert names(trip.succeeds(step="a").sent) == ["cancel a"]
+
+
+def test_a_branch_that_gives_no_answer_beside_one_that_failed_is_not_asked_again_but_undone() -> None:
+    trip = run(parallel(booking("a"), booking("b")))
+    trip.declines("no room", step="a")
+    trip.gives_no_answer()
+    assert names(trip.sent) == ["cancel b"]
+    assert trip.succeeds().status is Status.COMPENSATED
+
+
+def test_branches_are_undone_side_by_side_and_each_in_reverse() -> None:
+    trip = run(
+        sequence(parallel(sequence(booking("a"), booking("b")), sequence(booking("c"), booking("d"))), booking("e"))
+    )
+    for each in ("a", "b", "c", "d"):
+        trip.succeeds(step=each)
+    assert names(trip.declines("no").sent) == ["cancel d", "cancel b"]
+    assert names(trip.succeeds(step="b").sent) == ["cancel a"]
+    assert names(trip.succeeds(step="d").sent) == ["cancel c"]
+    trip.succeeds(step="a")
+    assert trip.succeeds().status is Status.COMPENSATED
+
+
+@pytest.mark.parametrize(("far", "expected"), [(True, ["book flight"]), (False, ["book train"])])
+def test_a_condition_chooses_the_way_once(far: bool, expected: list[str]) -> None:
+    trip = run(sequence(when(is_far, booking("flight"), otherwise=booking("train")), booking("hotel")), far=far)
+    assert names(trip.sent) == expected
+    assert trip.instance.steps["is_far"].status is (StepStatus.TAKEN if far else StepStatus.NOT_TAKEN)
+    assert names(trip.succeeds().sent) == ["book hotel"]
+    undone = trip.declines("no").sent
+    assert names(undone) == [expected[0].replace("book", "cancel")]
+    assert trip.succeeds().status is Status.COMPENSATED
+
+
+def test_without_another_way_nothing_is_done_where_a_condition_does_not_hold() -> None:
+    assert names(run(sequence(when(is_far, booking("visa")), booking("hotel"))).sent) == ["book hotel"]
+    assert run(when(is_far, booking("visa"))).status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("answer", ["yes", None, 1, ValueError("broken")])
+def test_a_condition_that_cannot_be_told_turns_the_saga_back(answer: object) -> None:
+    def is_odd(self: Any) -> Any:
+        assert self.trip
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    trip = run(sequence(booking("a"), when(is_odd, booking("b"))))
+    assert names(trip.succeeds().sent) == ["cancel a"]
+    assert trip.reason is not None
+    assert trip.reason.startswith("is_odd could not be told: ")
+
+
+def test_what_is_no_part_of_a_flow_is_refused() -> None:
+    with pytest.raises(DefinitionError, match="parallel takes steps and parts of a flow"):
+        parallel(booking("a"), "b")  # type: ignore[arg-type]
+    with pytest.raises(DefinitionError, match="sequence needs at least one part"):
+        sequence()
+    with pytest.raises(DefinitionError, match=r"its condition; .* has no name"):
+        when(lambda saga: saga.far, booking("a"))
+    with pytest.raises(DefinitionError, match=r"two steps or conditions .* have the same name"):
+        saga(sequence(when(is_far, booking("a")), when(is_far, booking("b"))))
+
+
+def test_a_chart_shows_branches_and_choices_and_how_they_are_undone() -> None:
+    flow = sequence(
+        booking("a"), parallel(booking("b"), booking("c")), when(is_far, booking("d")), booking("e", undone=False)
+    )
+    chart = mermaid(saga(flow).definition)
+    for edge in (
+        "a --> b",
+        "a --> c",
+        "b --> is_far",
+        "c --> is_far",
+        "is_far -->|yes| d",
+        "is_far -->|no| e",
+        "d --> e",
+        "e --> completed",
+        "undo_b -.-> undo_a",
+        "undo_c -.-> undo_a",
+        "undo_d -.-> undo_b",
+        "undo_d -.-> undo_c",
+        "undo_a -.-> compensated",
+    ):
+        assert f"    {edge}\n" in chart
+    trip = SagaRun(saga(flow), TripWanted(trip="1")).succeeds()
+    assert "class b running" in mermaid(trip.definition, trip.instance)
+
+
+@st.composite
+def flows(draw: st.DrawFn) -> Node:
+    """Any nesting of sequence, parallel and when, of up to 8 steps."""
+    steps = iter("abcdefgh")
+    conditions = iter(range(8))
+
+    def one(depth: int) -> Node | None:
+        kind = draw(st.sampled_from(["step", "sequence", "parallel", "when"] if depth else ["step"]))
+        if kind == "step":
+            name = next(steps, None)
+            return booking(name, undone=draw(st.booleans())) if name else None
+        parts = [part for _ in range(draw(st.integers(1, 3))) if (part := one(depth - 1)) is not None]
+        if not parts:
+            return None
+        if kind == "when":
+            holds = draw(st.booleans())
+
+            def condition(self: Any) -> bool:
+                assert self.trip
+                return holds
+
+            condition.__name__ = f"condition_{next(conditions)}"
+            return when(condition, parts[0], otherwise=parts[1] if len(parts) > 1 else None)
+        return sequence(*parts) if kind == "sequence" else parallel(*parts)
+
+    return one(3) or booking("a")
+
+
+def precedes(node: Node) -> set[tuple[str, str]]:
+    """Pairs of steps of which the first must be done before the second begins."""
+    if isinstance(node, Step):
+        return set()
+    found = {pair for part in node.parts for pair in precedes(part)}
+    if isinstance(node, Sequence):
+        leaves = [[each.name for each in nodes(part) if isinstance(each, Step)] for part in node.parts]
+        for number, earlier in enumerate(leaves):
+            found |= {(a, b) for later in leaves[number + 1 :] for a in earlier for b in later}
+    return found
+
+
+class World:
+    """Answers what a saga sends, in any order, once, twice or not at all, and keeps what was done."""
+
+    def __init__(self, flow: Node, data: st.DataObject) -> None:
+        self.trip = run(flow)
+        self.data = data
+        self.log: list[str] = []  # what took effect: `book a`, `cancel a`
+
+    def play(self) -> None:
+        for _ in range(200):
+            if not self.trip.status.in_flight:
+                return
+            waiting = self.outstanding()
+            if self.data.draw(st.integers(0, 9)) == 0:
+                self.trip.gives_no_answer()
+                continue
+            name, direction, attempt = self.data.draw(st.sampled_from(waiting))
+            result = self.data.draw(st.sampled_from([Result.SUCCEEDED] * 5 + [Result.DECLINED, Result.FAILED]))
+            if direction is Direction.UNDO:
+                result = Result.SUCCEEDED
+            if result is not Result.DECLINED:
+                self.log.append(f"{'book' if direction is Direction.DO else 'cancel'} {name}")
+            for _ in range(self.data.draw(st.integers(1, 2))):
+                self.trip.replies(name, direction, result, attempt=attempt)
+        raise AssertionError("it goes on for ever")
+
+    def outstanding(self) -> list[tuple[str, Direction, int]]:
+        return [
+            (name, Direction.DO, at.attempt)
+            if at.status is StepStatus.RUNNING
+            else (name, Direction.UNDO, at.undo_attempt)
+            for name, at in self.trip.instance.steps.items()
+            if at.status.outstanding
+        ]
+
+
+@given(flows(), st.data())
+def test_any_flow_ends_with_all_done_or_exactly_that_undone_in_reverse(flow: Node, data: st.DataObject) -> None:
+    """I1 it ends; I3 what was done is undone, a later step before an earlier one."""
+    world = World(flow, data)
+    world.play()
+    trip = world.trip
+    steps = {node.name: node for node in nodes(flow) if isinstance(node, Step)}
+    states = trip.instance.steps
+    taken = {name for name in states if name in steps}
+    if trip.status is Status.COMPLETED:
+        assert {states[name].status for name in taken} <= {StepStatus.SUCCEEDED}
+        assert taken == expected(flow, states)
+        return
+    lost = {name for name in taken if states[name].status is StepStatus.UNDO_FAILED}
+    assert trip.status is (Status.NEEDS_ATTENTION if lost else Status.COMPENSATED)
+    for name in taken - lost:
+        if steps[name].undo is not None:
+            assert states[name].status in (StepStatus.UNDONE, StepStatus.DECLINED)
+    sent = [(request.step, request.direction) for decision in trip.decisions for request in decision.requests]
+    for first, second in precedes(flow):
+        if {first, second} <= taken:
+            assert sent.index((first, Direction.DO)) < sent.index((second, Direction.DO))
+        if (first, Direction.UNDO) in sent and (second, Direction.UNDO) in sent:
+            assert sent.index((second, Direction.UNDO)) < sent.index((first, Direction.UNDO))
+
+
+def expected(node: Node, states: Any) -> set[str]:
+    """The steps that must have been taken when all is done."""
+    match node:
+        case When(condition=Hook(name=name), then=then, otherwise=otherwise):
+            chosen = then if states[name].status is StepStatus.TAKEN else otherwise
+            return expected(chosen, states) if chosen is not None else set()
+        case Sequence(parts) | Parallel(parts):
+            return {name for part in parts for name in expected(part, states)}
+    return {node.name}
