@@ -98,5 +98,5 @@ if [ -n "$daemon" ]; then
 fi
 
 export TEST_SERVERS=containers TEST_RABBITMQ_IMAGE="$rabbitmq" TEST_POSTGRES_IMAGE="$postgres"
-[ $# -gt 0 ] || set -- tests/integration
+[ $# -gt 0 ] || set -- -m "rabbitmq or postgres" tests/integration # the others do not see the difference
 scripts/dev.sh pytest "$@"
