@@ -5,10 +5,11 @@ from coordinator.definition import Saga
 from coordinator.flow import parallel, sequence, when
 from coordinator.instance import Status
 from coordinator.settings import Settings
-from coordinator.steps import compensated, completed, starts_on, step
+from coordinator.steps import Backoff, compensated, completed, starts_on, step
 
 __all__ = [
     "App",
+    "Backoff",
     "Saga",
     "Settings",
     "Status",

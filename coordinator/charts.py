@@ -10,6 +10,8 @@ _CLASSES = {
     StepStatus.SUCCEEDED: "done",
     StepStatus.DECLINED: "refused",
     StepStatus.UNKNOWN: "unknown",
+    StepStatus.RETRYING: "running",
+    StepStatus.UNDO_RETRYING: "running",
     StepStatus.UNDOING: "running",
     StepStatus.UNDONE: "undone",
     StepStatus.UNDO_FAILED: "refused",

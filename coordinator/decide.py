@@ -12,7 +12,7 @@ from coordinator.definition import SagaDefinition
 from coordinator.draft import MAX_REASON, Draft
 from coordinator.instance import Instance, Status, StepState, StepStatus
 from coordinator.steps import Step
-from coordinator.walk import send, undo, walk
+from coordinator.walk import send, try_anew, undo, walk
 from events.envelope import Direction, Result
 from events.message import Failed, Message
 
@@ -81,7 +81,7 @@ def _reply(draft: Draft, given: Replied) -> Decision:
     step = draft.definition.by_name.get(given.step)
     if at is None or step is None:
         return draft.finish("late_reply", **about)
-    if at.awaits(given.direction, given.attempt):
+    if at.awaits(given.direction, given.attempt) or _is_recovered(at, given):
         if given.direction is Direction.DO:
             _done(draft, step, given)
         else:
@@ -110,8 +110,7 @@ def _done(draft: Draft, step: Step, given: Replied) -> None:
             draft.turn_back(f"{step.name} declined: {given.detail}" + (f"; {error}" if error else ""))
         case Result.FAILED:
             # Tried in vain is not the same as not done: a call may have been answered too late to be seen.
-            draft.settle(step.name, StepStatus.UNKNOWN, answer=Result.FAILED)
-            draft.turn_back(f"{step.name} failed: {given.detail}")
+            _not_known(draft, step, f"{step.name} failed: {given.detail}", Result.FAILED)
 
 
 def _undone(draft: Draft, step: Step, given: Replied) -> None:
@@ -119,8 +118,39 @@ def _undone(draft: Draft, step: Step, given: Replied) -> None:
     if given.result is Result.SUCCEEDED:
         draft.settle(step.name, StepStatus.UNDONE)
     else:
+        _not_undone(draft, step, f"{step.name} could not be undone: {given.detail}")
+
+
+def _not_known(draft: Draft, step: Step, reason: str, answer: Result | None = None) -> None:
+    """Nobody knows whether a step has happened: turn back, or where that cannot be, try it anew."""
+    at = draft.steps[step.name]
+    if not step.pivot and not draft.is_past_pivot:
+        draft.settle(step.name, StepStatus.UNKNOWN, answer=answer)
+        draft.turn_back(reason)
+    elif at.attempt < step.recovery.attempts:
+        draft.wait(step.name, StepStatus.RETRYING, step.recovery.wait(at.attempt))
+    else:
+        draft.settle(step.name, StepStatus.UNKNOWN, answer=answer)
+        draft.stop(reason)
+
+
+def _not_undone(draft: Draft, step: Step, reason: str) -> None:
+    """A compensation has failed: it is asked for anew, or a person must look once the others are done."""
+    at = draft.steps[step.name]
+    if at.undo_attempt < step.undo_retry.attempts:
+        draft.wait(step.name, StepStatus.UNDO_RETRYING, step.undo_retry.wait(at.undo_attempt))
+    else:
         draft.settle(step.name, StepStatus.UNDO_FAILED)
-        draft.explain(f"{step.name} could not be undone: {given.detail}")
+        draft.explain(reason)
+
+
+def _is_recovered(at: StepState, given: Replied) -> bool:
+    """Say whether what is to be tried anew, or was already, has succeeded the time before."""
+    if given.result is not Result.SUCCEEDED:
+        return False
+    if given.direction is Direction.UNDO:
+        return at.status is StepStatus.UNDO_RETRYING
+    return at.status in (StepStatus.RUNNING, StepStatus.RETRYING) and given.attempt <= at.attempt
 
 
 def _is_late_effect(at: StepState, given: Replied) -> bool:
@@ -139,8 +169,15 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
     A compensation that was sent before may have found nothing to undo, so it is sent again as a new attempt.
     Its idempotency key is the same, so what was undone already is not undone twice.
     """
-    if error := draft.apply(step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None):
+    error = draft.apply(step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None)
+    if error:
         draft.explain(f"{step.name} succeeded late, but {error}")
+    if step.pivot or draft.is_past_pivot:
+        if given.result is Result.SUCCEEDED:  # it was given up on, and there is only the way on
+            draft.settle(step.name, StepStatus.SUCCEEDED, answer=given.result)
+            draft.status = Status.NEEDS_ATTENTION if error else Status.RUNNING
+            walk(draft)
+        return
     undoing = draft.steps[step.name].status is StepStatus.UNDOING
     happened = StepStatus.SUCCEEDED if given.result is Result.SUCCEEDED else StepStatus.UNKNOWN
     draft.settle(step.name, happened, answer=given.result)
@@ -161,7 +198,7 @@ def _is_late_undo(at: StepState, given: Replied) -> bool:
 def _late_undo(draft: Draft, step: Step) -> None:
     """Count a compensation as done; if nothing else is left to be undone, nobody need look at the saga any more."""
     draft.settle(step.name, StepStatus.UNDONE)
-    left = any(at.status is StepStatus.UNDO_FAILED or at.status.outstanding for at in draft.steps.values())
+    left = any(at.status is StepStatus.UNDO_FAILED or at.status.pending for at in draft.steps.values())
     if draft.status is Status.NEEDS_ATTENTION and not left:
         draft.status = Status.COMPENSATING
         walk(draft)
@@ -177,14 +214,16 @@ def _elapse(draft: Draft) -> Decision | None:
             if at.sends <= step.deadline.resends and draft.status is Status.RUNNING:
                 send(draft, step, Direction.DO, at.attempt, at.sends + 1)
             else:
-                draft.settle(name, StepStatus.UNKNOWN)
-                draft.turn_back(f"{name} gave no answer in time")
+                _not_known(draft, step, f"{name} gave no answer in time")
+        elif at.status is StepStatus.RETRYING:
+            try_anew(draft, step)
+        elif at.status is StepStatus.UNDO_RETRYING:
+            undo(draft, step)
         elif at.status is StepStatus.UNDOING:
             if at.sends <= step.undo_deadline.resends:
                 send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
             else:
-                draft.settle(name, StepStatus.UNDO_FAILED)
-                draft.explain(f"undoing {name} gave no answer in time")
+                _not_undone(draft, step, f"undoing {name} gave no answer in time")
     walk(draft)
     return draft.finish("deadline", step=due[0])
 

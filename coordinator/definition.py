@@ -118,6 +118,12 @@ def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:
         )
     if len({start.event.message_type for start in starts}) != len(starts):
         _require(False, cls, "two starts have the same event")
+    beside = {node for part in parts_of_flow if isinstance(part, Parallel) for node in nodes(part)}
+    for each in taken:
+        _require(not each.pivot or each.undo is None, cls, f"{each.name} is a pivot: there is no way back to undo it")
+        _require(
+            not each.pivot or each not in beside, cls, f"{each.name} is a pivot and cannot stand in a parallel part"
+        )
     for name_of_part in names:
         _require(bool(_name_pattern.fullmatch(name_of_part)), cls, f"the step name {name_of_part!r} must be lower case")
     for each in taken:

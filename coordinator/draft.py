@@ -1,7 +1,7 @@
 """An instance in the making: what a decision changes of it, and what it asks the saga's methods."""
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from coordinator.decision import Announcement, Decision, HistoryEntry, Request
@@ -49,10 +49,26 @@ class Draft:
         if self.reason is None:
             self.reason = reason[:MAX_REASON]
 
+    @property
+    def is_past_pivot(self) -> bool:
+        """Whether there is no way back."""
+        done = (name for name, at in self.steps.items() if at.status is StepStatus.SUCCEEDED)
+        return any(self.definition.by_name[name].pivot for name in done)
+
     def turn_back(self, reason: str) -> None:
-        """Begin to undo what was done."""
-        self.status = Status.COMPENSATING
+        """Begin to undo what was done; where there is no way back a person must look."""
         self.explain(reason)
+        self.status = Status.NEEDS_ATTENTION if self.is_past_pivot else Status.COMPENSATING
+
+    def stop(self, reason: str) -> None:
+        """Neither go on nor back: a person must look."""
+        self.explain(reason)
+        self.status = Status.NEEDS_ATTENTION
+
+    def wait(self, step: str, status: StepStatus, seconds: float) -> None:
+        """Let a step wait for its next attempt."""
+        self.settle(step, status)
+        self.set(step, due_at=self.now + timedelta(seconds=seconds))
 
     def finish(self, kind: str, **about: Any) -> Decision:
         before, state = self.before, self.state
@@ -61,7 +77,7 @@ class Draft:
             change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
         if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
-        due = [at.due_at for at in self.steps.values() if at.due_at is not None]
+        due = [at.due_at for at in self.steps.values() if at.due_at is not None and self.status.in_flight]
         instance = replace(
             before,
             status=self.status,

@@ -31,8 +31,10 @@ class StepStatus(StrEnum):
     SUCCEEDED = "succeeded"
     DECLINED = "declined"
     UNKNOWN = "unknown"  # given up on: it may or may not have happened, and counts as done when undoing
+    RETRYING = "retrying"  # there is no way back, and it has failed: it waits for its next attempt
     UNDOING = "undoing"
     UNDONE = "undone"
+    UNDO_RETRYING = "undo_retrying"  # its compensation has failed, and waits for its next attempt
     UNDO_FAILED = "undo_failed"
     TAKEN = "taken"  # of a condition: it held
     NOT_TAKEN = "not_taken"
@@ -41,6 +43,11 @@ class StepStatus(StrEnum):
     def outstanding(self) -> bool:
         """Whether a command is on its way and its answer is awaited."""
         return self in (StepStatus.RUNNING, StepStatus.UNDOING)
+
+    @property
+    def pending(self) -> bool:
+        """Whether an answer is awaited, or a next attempt."""
+        return self.outstanding or self in (StepStatus.RETRYING, StepStatus.UNDO_RETRYING)
 
     @property
     def to_undo(self) -> bool:
@@ -57,7 +64,7 @@ class StepState:
         attempt: which attempt of the step this is, from 1.
         undo_attempt: which attempt of its compensation; 0 before the first.
         sends: how often the outstanding command was sent.
-        due_at: when its answer is given up on.
+        due_at: when its answer is given up on, or its next attempt begins.
         answer: what was heard of a step that is given up on or undone; None if nothing was.
         command: the type of the command, where a compensation will want to name it.
         made_of: the saga's state that the outstanding command was made of, where it has changed since.

@@ -9,6 +9,7 @@ from events.message import Event, Message
 
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_UNDO_RESENDS = 5
+DEFAULT_RECOVERY_ATTEMPTS = 10
 _LONGEST = 10 * 366 * 86_400.0  # seconds: ten years
 _MOST_RESENDS = 100
 
@@ -36,6 +37,36 @@ class Deadline:
     def wait(self, sends: int) -> float:
         """Return the seconds to wait after the given number of sends."""
         return min(_LONGEST, self.timeout * 2.0 ** (sends - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How often something is asked for anew after its handler has given it up, and when. Times are in seconds.
+
+    Each attempt is a command of its own, with the idempotency key of the first, so handlers do nothing twice.
+
+    Attributes:
+        attempts: how many there are in all.
+        first: the wait before the second one,
+        factor: by what each further wait is longer,
+        most: and the longest.
+    """
+
+    attempts: int
+    first: float = 30.0
+    factor: float = 2.0
+    most: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or not 0 < self.first <= self.most <= _LONGEST or not self.factor >= 1:
+            raise DefinitionError(f"{self}: attempts count from 1, times are positive, and the factor is at least 1")
+
+    def wait(self, attempt: int) -> float:
+        """Return the seconds to wait after the attempt of this number."""
+        try:
+            return min(self.most, self.first * self.factor ** (attempt - 1))
+        except OverflowError:
+            return self.most
 
 
 class Hook:
@@ -72,9 +103,19 @@ class Start(Hook):
 class Step(Hook):
     """One command with its outcomes, its deadline and its compensation."""
 
-    def __init__(self, function: Callable[..., Any], deadline: Deadline) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        deadline: Deadline,
+        *,
+        pivot: bool = False,
+        recovery: Backoff | None = None,
+    ) -> None:
         super().__init__(function)
         self.deadline = deadline
+        self.pivot = pivot
+        self.recovery = recovery or Backoff(DEFAULT_RECOVERY_ATTEMPTS)
+        self.undo_retry = Backoff(1)
         self.undo: Hook | None = None
         self.undo_deadline = Deadline(deadline.timeout, DEFAULT_UNDO_RESENDS)
         self.on_succeeded: OutcomeHook | None = None
@@ -96,7 +137,7 @@ class Step(Hook):
     def compensation(self, function: Callable[..., Any], /) -> Hook: ...
     @overload
     def compensation(
-        self, /, *, timeout: float | None = ..., resends: int = ...
+        self, /, *, timeout: float | None = ..., resends: int = ..., retry: Backoff | None = ...
     ) -> Callable[[Callable[..., Any]], Hook]: ...
     def compensation(
         self,
@@ -105,6 +146,7 @@ class Step(Hook):
         *,
         timeout: float | None = None,
         resends: int = DEFAULT_UNDO_RESENDS,
+        retry: Backoff | None = None,
     ) -> Hook | Callable[[Callable[..., Any]], Hook]:
         """Declare the method that returns the command which undoes this step.
 
@@ -115,12 +157,14 @@ class Step(Hook):
             function: the method.
             timeout: seconds to wait for the answer; by default the step's.
             resends: how often it is sent again before it counts as failed.
+            retry: how often a compensation that has failed is asked for anew; by default a person is called at once.
         """
 
         def decorate(function: Callable[..., Any]) -> Hook:
             hook = Hook(function)
             self.undo = self._once(self.undo, hook)
             self.undo_deadline = Deadline(self.deadline.timeout if timeout is None else timeout, resends)
+            self.undo_retry = retry or self.undo_retry
             return hook
 
         return decorate if function is None else decorate(function)
@@ -145,9 +189,17 @@ def starts_on(event: type[Event], *, key: str | None = None) -> Callable[[Callab
 @overload
 def step(function: Callable[..., Any], /) -> Step: ...
 @overload
-def step(*, timeout: float = ..., resends: int = ...) -> Callable[[Callable[..., Any]], Step]: ...
 def step(
-    function: Callable[..., Any] | None = None, /, *, timeout: float = DEFAULT_TIMEOUT, resends: int = 0
+    *, timeout: float = ..., resends: int = ..., pivot: bool = ..., recovery: Backoff | None = ...
+) -> Callable[[Callable[..., Any]], Step]: ...
+def step(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    resends: int = 0,
+    pivot: bool = False,
+    recovery: Backoff | None = None,
 ) -> Step | Callable[[Callable[..., Any]], Step]:
     """Declare a step: a method that returns the command to send.
 
@@ -155,10 +207,14 @@ def step(
         function: the method.
         timeout: seconds to wait for the answer. After that the outcome is unknown, and the saga is undone.
         resends: how often the same command is sent again before that.
+        pivot: once it has succeeded there is no way back: what follows is tried anew instead of undone. While nobody
+            knows whether it has, it is tried anew, too. (Garcia-Molina and Salem, "Sagas", 1987, section 5, forward
+            recovery; the name is Richardson's, "Microservices Patterns", section 4.3.)
+        recovery: how often it is tried anew where there is no way back; then a person must look.
     """
 
     def decorate(function: Callable[..., Any]) -> Step:
-        return Step(function, Deadline(timeout, resends))
+        return Step(function, Deadline(timeout, resends), pivot=pivot, recovery=recovery)
 
     return decorate if function is None else decorate(function)
 

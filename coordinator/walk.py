@@ -56,13 +56,13 @@ def _retreat(draft: Draft, node: Node) -> bool:
     at = draft.steps.get(node.name)
     if at is not None and at.status.to_undo and node.undo is not None:
         undo(draft, node)
-    return not (at and draft.steps[node.name].status.outstanding)
+    return not (at and draft.steps[node.name].status.pending)
 
 
 def _is_busy(draft: Draft, part: Node) -> bool:
-    """Say whether an answer is outstanding in `part`."""
+    """Say whether an answer or a next attempt is awaited in `part`."""
     names = (node.name for node in nodes(part) if isinstance(node, Step))
-    return any(name in draft.steps and draft.steps[name].status.outstanding for name in names)
+    return any(name in draft.steps and draft.steps[name].status.pending for name in names)
 
 
 def _choose(draft: Draft, node: When) -> tuple[Node, ...] | None:
@@ -90,6 +90,13 @@ def undo(draft: Draft, step: Step) -> None:
     send(draft, step, Direction.UNDO, attempt, 1)
 
 
+def try_anew(draft: Draft, step: Step) -> None:
+    """Send the command of a step as a new attempt."""
+    attempt = draft.steps[step.name].attempt + 1
+    draft.set(step.name, status=StepStatus.RUNNING, attempt=attempt, sends=0)
+    send(draft, step, Direction.DO, attempt, 1)
+
+
 def send(draft: Draft, step: Step, direction: Direction, attempt: int, sends: int) -> None:
     """Ask the saga for the command and send it; if the saga cannot make it, nothing was done."""
     hook: Hook | None = step if direction is Direction.DO else step.undo
@@ -99,9 +106,10 @@ def send(draft: Draft, step: Step, direction: Direction, attempt: int, sends: in
         error = f"it must return a Command, not {type(command).__name__}"
     if error is not None:
         if direction is Direction.DO:
-            never_sent = draft.steps[step.name].sends == 0
+            never_sent = draft.steps[step.name].sends == 0 and attempt == 1
             draft.settle(step.name, StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN)
-            draft.turn_back(f"{step.name} could not be asked for: {error}")
+            leave = draft.stop if step.pivot and not never_sent else draft.turn_back
+            leave(f"{step.name} could not be asked for: {error}")
         else:
             draft.settle(step.name, StepStatus.UNDO_FAILED)
             draft.explain(f"{step.name} could not be undone: {error}")

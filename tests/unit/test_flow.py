@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import Saga, Status, parallel, sequence, starts_on, step, when
+from coordinator import Backoff, Saga, Status, parallel, sequence, starts_on, step, when
 from coordinator.charts import mermaid
 from coordinator.flow import Node, Parallel, Sequence, When, nodes
 from coordinator.instance import StepStatus
@@ -30,7 +30,7 @@ class Cancel(Command):
     what: str
 
 
-def booking(name: str, *, undone: bool = True) -> Step:
+def booking(name: str, *, undone: bool = True, retry: Backoff | None = None, **options: Any) -> Step:
     def book(self: Any) -> Book:
         assert self.trip
         return Book(what=name)
@@ -40,9 +40,9 @@ def booking(name: str, *, undone: bool = True) -> Step:
         return Cancel(what=name)
 
     book.__name__, cancel.__name__ = name, f"cancel_{name}"
-    made = step(book)
+    made = step(**options)(book)
     if undone:
-        made.compensation(cancel)
+        made.compensation(retry=retry)(cancel)
     return made
 
 
@@ -183,6 +183,121 @@ def test_a_chart_shows_branches_and_choices_and_how_they_are_undone() -> None:
         assert f"    {edge}\n" in chart
     trip = SagaRun(saga(flow), TripWanted(trip="1")).succeeds()
     assert "class b running" in mermaid(trip.definition, trip.instance)
+
+
+# Forward recovery
+
+
+def pivoted() -> SagaRun:
+    recovery = Backoff(3, first=10)
+    return run(
+        sequence(
+            booking("a"),
+            booking("pivot", undone=False, pivot=True, recovery=recovery),
+            booking("after", undone=False, recovery=recovery),
+        )
+    )
+
+
+def test_a_pivot_that_declines_is_the_last_moment_to_turn_back() -> None:
+    trip = pivoted().succeeds()
+    assert names(trip.declines("no").sent) == ["cancel a"]
+
+
+def test_a_pivot_whose_outcome_is_not_known_is_tried_anew_and_not_undone() -> None:
+    trip = pivoted().succeeds().fails()
+    assert (trip.status, names(trip.sent)) == (Status.RUNNING, [])
+    assert trip.instance.steps["pivot"].status is StepStatus.RETRYING
+    assert names(trip.passes(10).sent) == ["book pivot"]
+    assert trip.last.requests[0].attempt == 2
+    assert names(trip.gives_no_answer().sent) == []
+    assert names(trip.passes(20).sent) == ["book pivot"]
+    assert names(trip.declines("no").sent) == ["cancel a"], "it has not happened, and now that is known"
+
+
+def test_after_a_pivot_what_fails_is_tried_anew_until_a_person_must_look() -> None:
+    trip = pivoted().succeeds().succeeds().fails("no answer").passes(10).fails().passes(20)
+    assert names(trip.sent) == ["book after"]
+    trip.fails()
+    assert (trip.status, trip.reason) == (Status.NEEDS_ATTENTION, "after failed: failed: out of order")
+    assert trip.instance.due_at is None
+    assert not any(
+        isinstance(each, Cancel) for decision in trip.decisions for each in [r.command for r in decision.requests]
+    )
+    trip.replies("after", Direction.DO, Result.SUCCEEDED, attempt=3)
+    assert trip.status is Status.COMPLETED, "it is heard of late, and there is only the way on"
+
+
+def test_after_a_pivot_a_no_calls_a_person() -> None:
+    trip = pivoted().succeeds().succeeds().declines("sold out")
+    assert (trip.status, trip.reason, names(trip.sent)) == (Status.NEEDS_ATTENTION, "after declined: sold out", [])
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_success_of_the_attempt_before_ends_the_recovery(waits: bool) -> None:
+    trip = pivoted().succeeds().succeeds().gives_no_answer()
+    if not waits:
+        trip.passes(10)
+    assert trip.replies("after", Direction.DO, Result.SUCCEEDED, attempt=1).status is Status.COMPLETED
+    assert trip.replies("after", Direction.DO, Result.SUCCEEDED, attempt=2).status is Status.COMPLETED
+
+
+def test_a_compensation_that_fails_is_asked_for_anew_and_the_one_before_waits_for_it() -> None:
+    trip = run(sequence(booking("a"), booking("b", retry=Backoff(2, first=5)), booking("c")))
+    trip.succeeds().succeeds().declines("no").fails()
+    assert (trip.status, names(trip.sent)) == (Status.COMPENSATING, [])
+    assert names(trip.passes(5).sent) == ["cancel b"]
+    assert names(trip.fails().sent) == ["cancel a"], (
+        "it is given up on, which does not keep the others from being undone"
+    )
+    assert trip.succeeds().status is Status.NEEDS_ATTENTION
+    trip = (
+        run(sequence(booking("b", retry=Backoff(2, first=5)), booking("c"))).succeeds().declines("no").gives_no_answer()
+    )
+    for _ in range(5):
+        trip.gives_no_answer()
+    assert trip.instance.steps["b"].status is StepStatus.UNDO_RETRYING
+    assert trip.replies("b", Direction.UNDO, Result.SUCCEEDED).status is Status.COMPENSATED, "the first one, late"
+
+
+def test_a_pivot_that_cannot_work_is_refused() -> None:
+    with pytest.raises(DefinitionError, match="x is a pivot: there is no way back to undo it"):
+        saga(sequence(booking("x", pivot=True)))
+    with pytest.raises(DefinitionError, match="x is a pivot and cannot stand in a parallel part"):
+        saga(parallel(booking("a"), sequence(booking("x", undone=False, pivot=True))))
+    for wrong in (
+        {"attempts": 0},
+        {"attempts": 1, "first": 0},
+        {"attempts": 1, "factor": 0.5},
+        {"attempts": 1, "most": 1},
+    ):
+        with pytest.raises(DefinitionError, match="attempts count from 1"):
+            Backoff(**wrong)  # type: ignore[arg-type]
+    assert Backoff(9, first=1, most=1e6).wait(5000) == 1e6
+
+
+@given(st.lists(st.sampled_from([Result.SUCCEEDED, Result.DECLINED, Result.FAILED, None]), min_size=1, max_size=40))
+def test_whatever_happens_nothing_is_undone_after_a_pivot(results: list[Result | None]) -> None:
+    trip = pivoted()
+    for result in results:
+        if not trip.status.in_flight:
+            break
+        waiting = [name for name, at in trip.instance.steps.items() if at.status.outstanding]
+        if result is None or not waiting:
+            trip.gives_no_answer()
+            continue
+        at = trip.instance.steps[waiting[0]]
+        direction = Direction.DO if at.status is StepStatus.RUNNING else Direction.UNDO
+        trip.replies(
+            waiting[0], direction, result, attempt=at.attempt if direction is Direction.DO else at.undo_attempt
+        )
+    undone = any(request.direction is Direction.UNDO for decision in trip.decisions for request in decision.requests)
+    pivot = trip.instance.steps.get("pivot")
+    if pivot is not None and pivot.status is StepStatus.SUCCEEDED:
+        assert not undone
+        assert trip.status in (Status.RUNNING, Status.COMPLETED, Status.NEEDS_ATTENTION)
+    if undone:
+        assert pivot is None or pivot.status is StepStatus.DECLINED
 
 
 @st.composite
