@@ -175,7 +175,8 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
     if step.pivot or draft.is_past_pivot:
         if given.result is Result.SUCCEEDED:  # it was given up on, and there is only the way on
             draft.settle(step.name, StepStatus.SUCCEEDED, answer=given.result)
-            draft.status = Status.NEEDS_ATTENTION if error else Status.RUNNING
+            if not error:
+                draft.status, draft.reason = Status.RUNNING, None
             walk(draft)
         return
     undoing = draft.steps[step.name].status is StepStatus.UNDOING
