@@ -207,8 +207,11 @@ def _late_undo(draft: Draft, step: Step) -> None:
 
 def _elapse(draft: Draft) -> Decision | None:
     due = [name for name, at in draft.steps.items() if at.due_at is not None and at.due_at <= draft.now]
-    if not due:
+    too_late = draft.deadline is not None and draft.deadline <= draft.now
+    if not due and not too_late:
         return None  # somebody was faster: the deadline was met or moved
+    if too_late:
+        draft.turn_back(f"it was not done within {draft.definition.deadline:g} s")
     for name in due:
         step, at = draft.definition.by_name[name], draft.steps[name]
         if at.status is StepStatus.RUNNING:
@@ -226,7 +229,7 @@ def _elapse(draft: Draft) -> Decision | None:
             else:
                 _not_undone(draft, step, f"undoing {name} gave no answer in time")
     walk(draft)
-    return draft.finish("deadline", step=due[0])
+    return draft.finish("deadline", step=due[0] if due else None)
 
 
 def describe(outcome: Message | None) -> str:

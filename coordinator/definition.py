@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
 from coordinator.flow import Node, Parallel, Sequence, When, nodes
-from coordinator.steps import Ending, Hook, OutcomeHook, Start, Step
+from coordinator.steps import LONGEST, Ending, Hook, OutcomeHook, Start, Step
 from events.errors import DefinitionError
 from events.message import Command, Message
 
@@ -28,6 +28,7 @@ class SagaDefinition:
     flow: Node
     on_completed: Ending | None
     on_compensated: Ending | None
+    deadline: float | None = None
     by_name: dict[str, Step] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class Saga(BaseModel):
     Class arguments:
         name: the saga's name; default is the class name in snake case.
         version: an instance is run to its end by the version that it started with.
+        deadline: seconds from its start after which it turns back, unless it is past a pivot.
     """
 
     model_config = ConfigDict(
@@ -72,14 +74,18 @@ class Saga(BaseModel):
     definition: ClassVar[SagaDefinition]
     flow: ClassVar[Any] = None
 
-    def __init_subclass__(cls, *, name: str | None = None, version: int = 1, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, *, name: str | None = None, version: int = 1, deadline: float | None = None, **kwargs: Any
+    ) -> None:
         """Take the class arguments; pydantic hands them to `__pydantic_init_subclass__` as well."""
         super().__init_subclass__(**kwargs)
 
     @classmethod
-    def __pydantic_init_subclass__(cls, *, name: str | None = None, version: int = 1, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(
+        cls, *, name: str | None = None, version: int = 1, deadline: float | None = None, **kwargs: Any
+    ) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        cls.definition = _define(cls, name or "_".join(_words.findall(cls.__name__)).lower(), version)
+        cls.definition = _define(cls, name or "_".join(_words.findall(cls.__name__)).lower(), version, deadline)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
@@ -91,7 +97,7 @@ class Saga(BaseModel):
         return self.model_dump(mode="json", warnings=False)
 
 
-def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:
+def _define(cls: type[Saga], name: str, version: int, deadline: float | None) -> SagaDefinition:
     parts = {attribute: value for base in reversed(cls.__mro__) for attribute, value in vars(base).items()}
     starts = tuple(value for value in parts.values() if isinstance(value, Start))
     endings = [value for value in parts.values() if isinstance(value, Ending)]
@@ -101,6 +107,7 @@ def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:
     flow: Any = parts.get("flow")
     _require(bool(_name_pattern.fullmatch(name)), cls, f"the name {name!r} must be lower case words, 100 at most")
     _require(version >= 1, cls, f"versions count from 1, not {version}")
+    _require(deadline is None or 0 < deadline <= LONGEST, cls, f"a deadline is positive, {LONGEST:.0f} s at most")
     _require(bool(cls.model_fields), cls, "a saga needs at least one field: its business key")
     _require(bool(starts), cls, "declare how it begins with @starts_on(Event)")
     _require(isinstance(flow, Node), cls, "declare its flow: flow = sequence(first, second, ...)")
@@ -138,6 +145,7 @@ def _define(cls: type[Saga], name: str, version: int) -> SagaDefinition:
         flow,
         on_completed[0] if on_completed else None,
         on_compensated[0] if on_compensated else None,
+        deadline,
     )
 
 

@@ -70,6 +70,14 @@ class Draft:
         self.settle(step, status)
         self.set(step, due_at=self.now + timedelta(seconds=seconds))
 
+    @property
+    def deadline(self) -> datetime | None:
+        """When the saga as a whole turns back; None if it never does, or cannot any more."""
+        seconds, begun = self.definition.deadline, self.before.created_at
+        if seconds is None or begun is None or self.status is not Status.RUNNING or self.is_past_pivot:
+            return None
+        return begun + timedelta(seconds=seconds)
+
     def finish(self, kind: str, **about: Any) -> Decision:
         before, state = self.before, self.state
         change: dict[str, Any] = {}
@@ -78,6 +86,8 @@ class Draft:
         if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
         due = [at.due_at for at in self.steps.values() if at.due_at is not None and self.status.in_flight]
+        if (deadline := self.deadline) is not None:
+            due.append(deadline)
         instance = replace(
             before,
             status=self.status,

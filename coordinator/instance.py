@@ -126,7 +126,7 @@ class Instance:
         state: the saga's fields as plain JSON data.
         steps: the steps that were begun, by name.
         revision: counts the transitions, from 1; every write names the one it follows.
-        due_at: the earliest deadline of its steps.
+        due_at: the earliest deadline, its own or of its steps.
         reason: why it is undone or needs attention.
         traceparent: the span that the whole saga belongs to.
     """

@@ -10,7 +10,7 @@ from events.message import Event, Message
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_UNDO_RESENDS = 5
 DEFAULT_RECOVERY_ATTEMPTS = 10
-_LONGEST = 10 * 366 * 86_400.0  # seconds: ten years
+LONGEST = 10 * 366 * 86_400.0  # seconds: ten years
 _MOST_RESENDS = 100
 
 HookT = TypeVar("HookT", bound="Hook")
@@ -29,14 +29,14 @@ class Deadline:
     resends: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout <= _LONGEST or not 0 <= self.resends <= _MOST_RESENDS:
+        if not 0 < self.timeout <= LONGEST or not 0 <= self.resends <= _MOST_RESENDS:
             raise DefinitionError(
-                f"a timeout must be positive and resends not negative, {_LONGEST:.0f} s and {_MOST_RESENDS} at most"
+                f"a timeout must be positive and resends not negative, {LONGEST:.0f} s and {_MOST_RESENDS} at most"
             )
 
     def wait(self, sends: int) -> float:
         """Return the seconds to wait after the given number of sends."""
-        return min(_LONGEST, self.timeout * 2.0 ** (sends - 1))
+        return min(LONGEST, self.timeout * 2.0 ** (sends - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Backoff:
     most: float = 3600.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or not 0 < self.first <= self.most <= _LONGEST or not self.factor >= 1:
+        if self.attempts < 1 or not 0 < self.first <= self.most <= LONGEST or not self.factor >= 1:
             raise DefinitionError(f"{self}: attempts count from 1, times are positive, and the factor is at least 1")
 
     def wait(self, attempt: int) -> float:

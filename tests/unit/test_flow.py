@@ -11,7 +11,7 @@ from coordinator.charts import mermaid
 from coordinator.flow import Node, Parallel, Sequence, When, nodes
 from coordinator.instance import StepStatus
 from coordinator.steps import Hook, Step
-from coordinator.testing import SagaRun
+from coordinator.testing import BEGIN, SagaRun
 from events import Command, Event
 from events.envelope import Direction, Result
 from events.errors import DefinitionError
@@ -50,21 +50,21 @@ def wanted(cls: Any, event: TripWanted) -> Any:
     return cls(trip=event.trip, far=event.far)
 
 
-def saga(flow: Node) -> type[Saga]:
+def saga(flow: Node, deadline: float | None = None) -> type[Saga]:
     """A saga with this flow."""
     steps = {node.name: node for node in nodes(flow) if isinstance(node, Step)}
     fields = {"__annotations__": {"trip": str, "far": bool}, "far": False}
     namespace = {"__module__": __name__, **fields, "wanted": starts_on(TripWanted)(wanted), **steps, "flow": flow}
     made: Any = type(Saga)
-    return cast("type[Saga]", made("Trip", (Saga,), namespace))
+    return cast("type[Saga]", made("Trip", (Saga,), namespace, deadline=deadline))
 
 
 def is_far(self: Any) -> bool:
     return bool(self.far)
 
 
-def run(flow: Node, *, far: bool = False) -> SagaRun:
-    return SagaRun(saga(flow), TripWanted(trip="1", far=far))
+def run(flow: Node, *, far: bool = False, deadline: float | None = None) -> SagaRun:
+    return SagaRun(saga(flow, deadline), TripWanted(trip="1", far=far))
 
 
 def names(commands: list[Command]) -> list[str]:
@@ -273,6 +273,39 @@ def test_a_pivot_that_cannot_work_is_refused() -> None:
         with pytest.raises(DefinitionError, match="attempts count from 1"):
             Backoff(**wrong)
     assert Backoff(9, first=1, most=1e6).wait(5000) == 1e6
+
+
+# The saga's own deadline
+
+
+def test_a_saga_that_is_not_done_in_time_turns_back_and_waits_for_what_is_under_way() -> None:
+    trip = run(sequence(booking("a"), booking("b"), booking("c")), deadline=100)
+    trip.succeeds().passes(60).succeeds()
+    assert trip.instance.due_at is not None
+    assert (trip.instance.due_at - BEGIN).total_seconds() == 100
+    trip.gives_no_answer()
+    assert (trip.status, trip.reason) == (Status.COMPENSATING, "it was not done within 100 s")
+    assert names(trip.sent) == [], "c is under way"
+    assert names(trip.succeeds(step="c").sent) == ["cancel c"]
+    assert trip.succeeds().succeeds().succeeds().status is Status.COMPENSATED
+
+
+def test_past_a_pivot_the_deadline_of_a_saga_is_over() -> None:
+    flow = sequence(booking("a"), booking("pivot", undone=False, pivot=True), booking("c", undone=False))
+    trip = run(flow, deadline=100).succeeds().succeeds().passes(200)
+    assert trip.status is Status.RUNNING
+    assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_a_saga_that_is_done_in_time_has_no_deadline_any_more() -> None:
+    trip = run(sequence(booking("a")), deadline=100).succeeds()
+    assert (trip.status, trip.instance.due_at) == (Status.COMPLETED, None)
+
+
+@pytest.mark.parametrize("deadline", [0, -1, 1e10, float("nan")])
+def test_a_deadline_that_makes_no_sense_is_refused(deadline: float) -> None:
+    with pytest.raises(DefinitionError, match="a deadline is positive"):
+        saga(sequence(booking("a")), deadline=deadline)
 
 
 @given(st.lists(st.sampled_from([Result.SUCCEEDED, Result.DECLINED, Result.FAILED, None]), min_size=1, max_size=40))
