@@ -351,10 +351,10 @@ def _warn(reason: str, error: Exception) -> None:
 
 
 def _unanswered(instance: Instance, now: datetime) -> str | None:
-    """Return the id of the command whose answer is overdue: what follows from a deadline follows from that command."""
+    """Return the id of the command that is overdue or has failed: what follows from a deadline follows from that."""
     for name, at in instance.steps.items():
         if at.due_at is not None and at.due_at <= now:
-            if at.status is StepStatus.UNDOING:
+            if at.status in (StepStatus.UNDOING, StepStatus.UNDO_RETRYING):
                 return str(derive_id(instance.id, name, Direction.UNDO.value, at.undo_attempt))
             return str(derive_id(instance.id, name, Direction.DO.value, at.attempt))
     return None

@@ -17,7 +17,7 @@ from coordinator.definition import Saga
 from coordinator.engine import Engine
 from coordinator.flow import parallel, sequence, when
 from coordinator.instance import Instance, Status, StepStatus
-from coordinator.steps import starts_on, step
+from coordinator.steps import Backoff, starts_on, step
 from coordinator.store import Store
 from coordinator.tables import saga_history, saga_instance
 from events.codec import Limits, bundle_body
@@ -69,6 +69,31 @@ class NewTrip(Saga, name="trip", version=2):
 
 def is_long(self: Any) -> bool:
     return bool(self.trip.startswith("long"))
+
+
+class Stubborn(Saga, deadline=1000):
+    """A way without return, and a way back that is asked for again."""
+
+    trip: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(trip=event.trip)
+
+    @step(timeout=10)
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip)
+
+    @hotel.compensation(retry=Backoff(2, first=5))
+    def cancel_hotel(self) -> CancelHotel:
+        return CancelHotel(trip=self.trip)
+
+    @step(timeout=10, pivot=True, recovery=Backoff(2, first=20))
+    def payment(self) -> PayTrip:
+        return PayTrip(trip=self.trip)
+
+    flow = sequence(hotel, payment)
 
 
 class Branching(Saga):
@@ -531,6 +556,31 @@ async def test_i12_a_deadline_is_acted_on_once_and_not_before_it_is_due(world: W
     identity = (await world.instance()).id
     assert undo.correlation_id == str(identity)
     assert undo.causation_id == str(derive_id(identity, "hotel", "do", 1)), "the command that was not answered"
+
+
+async def test_what_has_failed_is_asked_for_anew_when_its_time_has_come(world: World) -> None:
+    """Each attempt is a command of its own, caused by the one before it."""
+    coordinator = await world.coordinator(Stubborn)
+    await coordinator.take(wanted())
+    saga_id = (await world.instance()).id
+    await coordinator.take(reply(saga_id, "hotel"))
+    await coordinator.take(reply(saga_id, "payment", Failed(code="failed", reason="", attempts=1), Result.FAILED))
+    assert await coordinator.engine.fire_timers() == 0
+    world.clock.advance(20)
+    assert await coordinator.engine.fire_timers() == 1
+    first, second = await world.sent("pay.trip")
+    assert second.causation_id == first.id != second.id
+    declined = SagaLink(saga_id, "payment", Direction.DO, 2, Result.DECLINED)
+    await coordinator.take(envelope_of(Refused(reason="no money"), declined))
+    failed = SagaLink(saga_id, "hotel", Direction.UNDO, 1, Result.FAILED)
+    await coordinator.take(envelope_of(Failed(code="failed", reason="", attempts=1), failed))
+    world.clock.advance(4)
+    assert await coordinator.engine.fire_timers() == 0
+    world.clock.advance(1)
+    assert await coordinator.engine.fire_timers() == 1
+    first, second = await world.sent("cancel.hotel")
+    assert second.causation_id == first.id != second.id
+    assert (await world.instance()).status == "compensating"
 
 
 async def test_i12_two_coordinators_that_look_at_once_act_on_a_deadline_once(shared: World) -> None:
