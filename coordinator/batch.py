@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind
 from pydantic_core import from_json
 
 from coordinator.decide import decide, describe, give_up
-from coordinator.decision import Announcement, Decision, Elapsed, Input, Replied, Request, Started
+from coordinator.decision import Acted, Announcement, Decision, Elapsed, Input, Replied, Request, Started
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance, Status, StepStatus
 from coordinator.store import HistoryRow
@@ -148,6 +148,17 @@ class Batch:
         except Exception as error:
             logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
             self.stop(instance, f"{definition.cls.__name__} cannot be decided on: {error!r}")
+
+    def act(self, saga: UUID, given: Acted) -> Instance:
+        """Decide on what an operator does to a loaded instance; return the instance.
+
+        Raises:
+            UnknownSagaError: its definition is not part of this application.
+            NotPossibleError: it makes no sense where the saga stands.
+        """
+        instance = self.loaded[saga]
+        self._decide(self._sagas.of(instance), instance, given, given.verb.value, cause=None)
+        return self.current[saga]
 
     def stop(self, instance: Instance, reason: str) -> None:
         """Leave an instance to a person: nothing that it wants to do can be done."""

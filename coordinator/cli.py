@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from coordinator import process, views
+from coordinator import process, saga_commands, views
 from coordinator.charts import mermaid
 from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
@@ -34,7 +34,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-sagas = typer.Typer(help="Look at sagas.", no_args_is_help=True)
+sagas = typer.Typer(help="Look at sagas, and step in.", no_args_is_help=True)
 database = typer.Typer(help="The database schema.", no_args_is_help=True)
 cli.add_typer(sagas, name="sagas")
 cli.add_typer(handlers, name="handlers")
@@ -218,6 +218,13 @@ def chart_saga(
     for definition in definitions.values():
         if saga in (None, definition.name):
             out.file.write(mermaid(definition))
+
+
+sagas.command("retry")(saga_commands.retry_step)
+sagas.command("skip")(saga_commands.skip_step)
+sagas.command("compensate")(saga_commands.compensate_saga)
+sagas.command("cancel")(saga_commands.cancel_saga)
+sagas.command("move-deadline")(saga_commands.move_deadline)
 
 
 @database.command("upgrade")

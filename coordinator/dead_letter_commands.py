@@ -1,6 +1,5 @@
 """`coordinator dead-letters`: what was given up on is looked at, replayed, edited, discarded."""
 
-import getpass
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -105,7 +104,7 @@ def replay_letters(
         if dry_run:
             done = [planned async for planned in letters.plan(wanted, rate=rate)]
         else:
-            done = [planned async for planned in letters.replay(wanted, rate=rate, by=by or _login(), why=why)]
+            done = [planned async for planned in letters.replay(wanted, rate=rate, by=by or process.login(), why=why)]
         views.print_plan(out, done, dry_run=dry_run, as_json=as_json)
 
     _with_letters(work, writing=not dry_run)
@@ -130,7 +129,7 @@ def edit_letter(
     if str(file) != "-" and not file.is_file():
         raise ConfigurationError(f"there is no file {file}")
     given = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-    who = by or _login()
+    who = by or process.login()
 
     async def work(letters: DeadLetters) -> None:
         found = await letters.get(letter)
@@ -157,7 +156,7 @@ def discard_letters(
     """Settle letters without a replay. They stay in the table."""
     query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
     _refuse_vague(query, ids, everything=everything)
-    who = by or _login()
+    who = by or process.login()
 
     async def work(letters: DeadLetters) -> None:
         count = await letters.discard(await _named(letters, query, ids), by=who, why=why)
@@ -184,13 +183,6 @@ async def _named(letters: DeadLetters, query: Query, references: Sequence[str] |
 
 def _utc(moment: datetime | None) -> datetime | None:
     return moment.replace(tzinfo=UTC) if moment else None
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # in a container, say
-        raise ConfigurationError("this user has no login name here; say who you are with --by") from None
 
 
 def _with_letters(work: Callable[[DeadLetters], Awaitable[None]], *, writing: bool = False) -> None:

@@ -7,7 +7,8 @@ and the history entry. Every change of an instance goes through here.
 from dataclasses import replace
 from datetime import datetime
 
-from coordinator.decision import Decision, HistoryEntry, Input, Replied, Started
+from coordinator.acts import act
+from coordinator.decision import Acted, Decision, HistoryEntry, Input, Replied, Started
 from coordinator.definition import SagaDefinition
 from coordinator.draft import MAX_REASON, Draft
 from coordinator.instance import Instance, Status, StepState, StepStatus
@@ -21,6 +22,7 @@ def decide(definition: SagaDefinition, instance: Instance | None, given: Input) 
     """Return what follows from `given`, None if nothing does.
 
     Raises:
+        NotPossibleError: an operator asks for what makes no sense here.
         Exception: whatever the saga's start method raises; every other method's error is an outcome.
     """
     if isinstance(given, Started):
@@ -30,6 +32,9 @@ def decide(definition: SagaDefinition, instance: Instance | None, given: Input) 
     draft = Draft(definition, instance, given.now)
     if isinstance(given, Replied):
         return _reply(draft, given)
+    if isinstance(given, Acted):
+        act(draft, given)
+        return draft.finish(given.verb.value, step=given.step, actor=given.by, why=given.why)
     return _elapse(draft)
 
 

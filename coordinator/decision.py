@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -42,7 +43,40 @@ class Elapsed:
     now: datetime
 
 
-Input = Started | Replied | Elapsed
+class Verb(StrEnum):
+    """What an operator can do to a saga."""
+
+    RETRY = "retry"
+    SKIP = "skip"
+    COMPENSATE = "compensate"
+    CANCEL = "cancel"
+    MOVE_DEADLINE = "move_deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """An operator's act.
+
+    Attributes:
+        verb: what is to be done.
+        by: who does it.
+        why: the reason.
+        now: when.
+        step: the step that is meant, for a verb that needs one.
+        until: the new deadline, to move one.
+        revision: the revision that was looked at; the act is refused if the saga has moved on since.
+    """
+
+    verb: Verb
+    by: str
+    why: str
+    now: datetime
+    step: str | None = None
+    until: datetime | None = None
+    revision: int | None = None
+
+
+Input = Started | Replied | Elapsed | Acted
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +105,7 @@ class Announcement:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """What happened: one row for each revision of an instance."""
+    """What happened: one row for each revision of an instance. `actor` and `why` are an operator's."""
 
     kind: str
     at: datetime
@@ -84,6 +118,8 @@ class HistoryEntry:
     reason: str | None = None
     change: dict[str, Any] = field(default_factory=dict)
     sent: tuple[dict[str, Any], ...] = ()
+    actor: str | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.batch import REPLY_ADDRESS, Batch, Ports, Sagas
+from coordinator.decision import Acted
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance
 from coordinator.replays import Replays
@@ -210,6 +211,23 @@ class Engine:
             batch.log()
 
         return after_commit
+
+    # Operators
+
+    async def act(self, saga: UUID, given: Acted) -> Instance:
+        """Do what an operator asks for, and return the instance as it is then.
+
+        Raises:
+            UnknownSagaError: this application does not have its definition.
+            NotPossibleError: it makes no sense where the saga stands.
+        """
+        async with transaction(self._engine) as connection:
+            batch = self._batch(await self._store.load(connection, [saga]))
+            instance = batch.act(saga, given)
+            async with together(connection):
+                after_commit = await self._write(connection, batch, [])
+        after_commit()
+        return instance
 
     # Deadlines
 

@@ -1,6 +1,5 @@
 """`coordinator handlers`: look at handlers, pause and resume them, and set their limits while they run."""
 
-import getpass
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -101,7 +100,7 @@ def list_changes(
 
 
 def _change(name: str, by: str | None, why: str, *, reset: bool = False, **changes: Any) -> None:
-    who = by or getpass.getuser()
+    who = by or process.login()
 
     async def work(operations: Operations, clock: StoreClock) -> None:
         known = {each.name for each in await operations.overview(clock.now())}

@@ -153,16 +153,8 @@ class Node:
     def _make_engine(self, outbox: Outbox) -> Engine | None:
         if not self._with_coordinator:
             return None
-        return Engine(
-            [saga.definition for saga in self._app.sagas],
-            source=f"{self._app.source}/coordinator",
-            engine=self.engine,
-            store=self.store,
-            bus=self.bus,
-            outbox=outbox,
-            clock=self._clock,
-            ids=self._ids,
-            limits=self._settings.limits,
+        return make_engine(
+            self._app, self._settings, self.store, bus=self.bus, outbox=outbox, clock=self._clock, ids=self._ids
         )
 
     def _make_group(self, outbox: Outbox) -> HandlerGroup | None:
@@ -188,6 +180,23 @@ class Node:
             keys=KeyLocks(self.engine, clock=self._clock, random=self._random),
         )
         return HandlerGroup(self._handlers, registry=self._app.registry, source=self._app.source, tools=tools)
+
+
+def make_engine(
+    app: App, settings: Settings, store: Store, *, bus: Bus, outbox: Outbox, clock: Clock, ids: Ids
+) -> Engine:
+    """Return the engine of an application's coordinator; all of them speak with one voice."""
+    return Engine(
+        [saga.definition for saga in app.sagas],
+        source=f"{app.source}/coordinator",
+        engine=store.engine,
+        store=store,
+        bus=bus,
+        outbox=outbox,
+        clock=clock,
+        ids=ids,
+        limits=settings.limits,
+    )
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import faulthandler
+import getpass
 import logging
 import os
 import signal
@@ -96,6 +97,18 @@ def _exporter() -> SpanExporter:
         raise ConfigurationError(
             "an OTLP endpoint is set, but the exporter is not installed: pip install 'saga-coordinator[otlp]'"
         ) from error
+
+
+def login() -> str:
+    """Return who runs this process.
+
+    Raises:
+        ConfigurationError: it has no name.
+    """
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, say
+        raise ConfigurationError("this user has no login name here; say who you are with --by") from None
 
 
 async def enter_when_up(

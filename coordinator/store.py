@@ -49,6 +49,8 @@ _record = Bulk(
     "reason",
     "change",
     "sent",
+    "actor",
+    "why",
 )
 
 HistoryRow = tuple[UUID, int, HistoryEntry]
@@ -118,6 +120,8 @@ class Store:
                     e.reason,
                     e.change,
                     list(e.sent),
+                    e.actor,
+                    e.why,
                 )
                 for saga_id, revision, e in rows
             ],

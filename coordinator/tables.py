@@ -46,4 +46,6 @@ saga_history = Table(
     Column("reason", Text),
     Column("change", Json, nullable=False),
     Column("sent", Json, nullable=False),
+    Column("actor", Text),  # the operator who did it,
+    Column("why", Text),  # and his reason
 )

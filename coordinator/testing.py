@@ -16,7 +16,7 @@ from typing import Self
 from uuid import UUID
 
 from coordinator.decide import decide, describe
-from coordinator.decision import Decision, Elapsed, Input, Replied, Request, Started
+from coordinator.decision import Acted, Decision, Elapsed, Input, Replied, Request, Started, Verb
 from coordinator.definition import Saga
 from coordinator.instance import Instance, Status
 from events.envelope import Direction, Result
@@ -118,6 +118,17 @@ class SagaRun:
         """Deliver any reply: one that comes late, twice, or that nobody waits for."""
         detail = "" if result is Result.SUCCEEDED else describe(outcome)
         self.take(Replied(step, direction, attempt, result, outcome, detail, self._message_id(), self.now))
+        return self
+
+    def acts(
+        self, verb: Verb, step: str | None = None, *, until: datetime | None = None, revision: int | None = None
+    ) -> Self:
+        """Let an operator step in.
+
+        Raises:
+            NotPossibleError: that makes no sense where the saga stands.
+        """
+        self.take(Acted(verb, "ada", "a test", self.now, step, until, revision))
         return self
 
     def take(self, given: Input) -> Decision | None:

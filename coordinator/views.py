@@ -86,7 +86,7 @@ def print_instance(console: Console, instance: Instance, history: Sequence[Row[A
             row.result or "",
             row.status,
             sent,
-            plain(row.message_id or ""),
+            plain(row.message_id or (f"{row.actor}: {row.why}" if row.actor else "")),
         )
     console.print(table)
 

@@ -13,10 +13,13 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from coordinator.acts import NotPossibleError
+from coordinator.decision import Verb
 from coordinator.definition import Saga
 from coordinator.engine import Engine
 from coordinator.flow import parallel, sequence, when
 from coordinator.instance import Instance, Status, StepStatus
+from coordinator.operator import Operator
 from coordinator.steps import Backoff, starts_on, step
 from coordinator.store import Store
 from coordinator.tables import saga_history, saga_instance
@@ -24,7 +27,7 @@ from events.codec import Limits, bundle_body
 from events.database import open_database, transaction
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
-from events.errors import StaleRowError, TooLargeError
+from events.errors import ConfigurationError, StaleRowError, TooLargeError
 from events.failpoints import armed
 from events.ids import TimeOrderedIds
 from events.message import Command, Failed, Message, Refused, Succeeded
@@ -581,6 +584,42 @@ async def test_what_has_failed_is_asked_for_anew_when_its_time_has_come(world: W
     first, second = await world.sent("cancel.hotel")
     assert second.causation_id == first.id != second.id
     assert (await world.instance()).status == "compensating"
+
+
+async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: World) -> None:
+    coordinator = await world.coordinator(Stubborn)
+    operator = Operator(coordinator.engine, coordinator.store)
+    await coordinator.take(wanted())
+    await coordinator.take(reply((await world.instance()).id, "hotel"))
+    instance = await operator.act("t-1", Verb.CANCEL, by="ada", why="the customer called")
+    assert instance.status == "compensating"
+    assert instance == await world.instance()
+    assert await world.history() == ["started", "reply", "cancel"]
+    row = (await coordinator.store.history(instance.id))[-1]
+    assert (row.actor, row.why) == ("ada", "the customer called")
+    await operator.act(instance.id, Verb.RETRY, by="ada", why="again", step="payment")
+    first, again = await world.sent("pay.trip")
+    assert first.id == again.id
+    for reference, why, said in (("t-9", "why", "there is no saga"), ("t-1", " ", "say who does this, and why")):
+        with pytest.raises(ConfigurationError, match=said):
+            await operator.act(reference, Verb.CANCEL, by="ada", why=why)
+    with pytest.raises(NotPossibleError):
+        await operator.act("t-1", Verb.CANCEL, by="ada", why="once more")
+    assert len(await world.history()) == 4
+
+
+async def test_of_two_operators_at_once_the_second_is_told_to_look_again(world: World) -> None:
+    coordinator = await world.coordinator(Stubborn)
+    operator = Operator(coordinator.engine, coordinator.store)
+    await coordinator.take(wanted())
+    seen = (await world.instance()).revision
+    results = await asyncio.gather(
+        operator.act("t-1", Verb.CANCEL, by="ada", why="stop it", revision=seen),
+        operator.act("t-1", Verb.RETRY, by="bob", why="ask again", step="hotel", revision=seen),
+        return_exceptions=True,
+    )
+    assert sorted(type(result).__name__ for result in results) == ["Instance", "NotPossibleError"]
+    assert len(await world.history()) == 2
 
 
 async def test_i12_two_coordinators_that_look_at_once_act_on_a_deadline_once(shared: World) -> None:

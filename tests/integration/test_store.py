@@ -304,6 +304,8 @@ async def test_the_history_comes_back_whole_oldest_first(store: Store) -> None:
         reason=TRICKY,
         change={"state": {TRICKY: [1, None]}, "steps": {}},
         sent=({"id": "c-1", "type": "cancel.hotel"}, {"id": "c-2", "type": "trip.off"}),
+        actor="ada",
+        why=TRICKY,
     )
     bare = HistoryEntry("deadline", START, Status.RUNNING)
     async with transaction(store.engine) as connection:
@@ -315,9 +317,9 @@ async def test_the_history_comes_back_whole_oldest_first(store: Store) -> None:
     assert [first.revision, second.revision, third.revision] == [1, 2, 3]
     assert second == (
         *(subject.id, 2, "reply", told.at, "compensating", "flight", "undo", 2, "declined", TRICKY, TRICKY),
-        *(told.change, list(told.sent)),
+        *(told.change, list(told.sent), "ada", TRICKY),
     )
-    assert third == (subject.id, 3, "deadline", START, "running", None, None, None, None, None, None, {}, [])
+    assert third == (subject.id, 3, "deadline", START, "running", *[None] * 6, {}, [], None, None)
     assert len(await store.history(other.id)) == 1
     assert await store.history(_ids.new()) == []
 

@@ -1,74 +1,20 @@
 """Flows: what runs side by side, what is chosen, and how all of it is undone."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import Backoff, Saga, Status, parallel, sequence, starts_on, step, when
+from coordinator import Backoff, Status, parallel, sequence, when
 from coordinator.charts import mermaid
 from coordinator.flow import Node, Parallel, Sequence, When, nodes
 from coordinator.instance import StepStatus
 from coordinator.steps import Hook, Step
 from coordinator.testing import BEGIN, SagaRun
-from events import Command, Event
 from events.envelope import Direction, Result
 from events.errors import DefinitionError
-
-
-class TripWanted(Event):
-    trip: str
-    far: bool = False
-
-
-class Book(Command):
-    what: str
-
-
-class Cancel(Command):
-    what: str
-
-
-def booking(name: str, *, undone: bool = True, retry: Backoff | None = None, **options: Any) -> Step:
-    def book(self: Any) -> Book:
-        assert self.trip
-        return Book(what=name)
-
-    def cancel(self: Any) -> Cancel:
-        assert self.trip
-        return Cancel(what=name)
-
-    book.__name__, cancel.__name__ = name, f"cancel_{name}"
-    made = step(**options)(book)
-    if undone:
-        made.compensation(retry=retry)(cancel)
-    return made
-
-
-def wanted(cls: Any, event: TripWanted) -> Any:
-    return cls(trip=event.trip, far=event.far)
-
-
-def saga(flow: Node, deadline: float | None = None) -> type[Saga]:
-    """A saga with this flow."""
-    steps = {node.name: node for node in nodes(flow) if isinstance(node, Step)}
-    fields = {"__annotations__": {"trip": str, "far": bool}, "far": False}
-    namespace = {"__module__": __name__, **fields, "wanted": starts_on(TripWanted)(wanted), **steps, "flow": flow}
-    made: Any = type(Saga)
-    return cast("type[Saga]", made("Trip", (Saga,), namespace, deadline=deadline))
-
-
-def is_far(self: Any) -> bool:
-    return bool(self.far)
-
-
-def run(flow: Node, *, far: bool = False, deadline: float | None = None) -> SagaRun:
-    return SagaRun(saga(flow, deadline), TripWanted(trip="1", far=far))
-
-
-def names(commands: list[Command]) -> list[str]:
-    return [f"{type(each).__name__.lower()} {each.what}" for each in commands if isinstance(each, Book | Cancel)]
+from tests.support.trips import TripWanted, booking, is_far, names, run, saga
 
 
 def test_parts_of_a_parallel_begin_together_and_what_follows_waits_for_all_of_them() -> None:
@@ -221,9 +167,7 @@ def test_after_a_pivot_what_fails_is_tried_anew_until_a_person_must_look() -> No
     trip.fails()
     assert (trip.status, trip.reason) == (Status.NEEDS_ATTENTION, "after failed: failed: out of order")
     assert trip.instance.due_at is None
-    assert not any(
-        isinstance(each, Cancel) for decision in trip.decisions for each in [r.command for r in decision.requests]
-    )
+    assert all(request.direction is Direction.DO for decision in trip.decisions for request in decision.requests)
     trip.replies("after", Direction.DO, Result.SUCCEEDED, attempt=3)
     assert (trip.status, trip.reason) == (Status.COMPLETED, None), "heard of late, and there is only the way on"
 

@@ -47,6 +47,9 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("inbox") as table:
         table.add_column(sa.Column("content", sa.LargeBinary()))
+    with op.batch_alter_table("saga_history") as table:
+        table.add_column(sa.Column("actor", sa.Text()))
+        table.add_column(sa.Column("why", sa.Text()))
     op.create_table(
         "retry",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -114,6 +117,9 @@ def downgrade() -> None:
     """Drop tables and columns."""
     for table in ("handler_process", "handler_change", "handler_setting", "retry"):
         op.drop_table(table)
+    with op.batch_alter_table("saga_history") as history:
+        history.drop_column("why")
+        history.drop_column("actor")
     with op.batch_alter_table("inbox") as inbox:
         inbox.drop_column("content")
     op.drop_index("ix_dead_letter_open", "dead_letter")

@@ -1,0 +1,86 @@
+"""Operators step into sagas with the command line, beside the processes that run them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.test_cli import coordinator, event
+from tests.support.base import wait_until
+from tests.support.processes import Process
+
+pytestmark = pytest.mark.acceptance
+
+APP = "tests.support.ledger_app:app"
+ORDER = "01a20000-0000-7000-8000-000000000001"
+
+
+@pytest.fixture
+def on_servers(amqp_url: str, pg_url: str) -> dict[str, str]:
+    return {"COORDINATOR_BROKER_URL": amqp_url, "COORDINATOR_DATABASE_URL": pg_url, "LEDGER_URL": pg_url}
+
+
+@pytest.fixture
+def running(on_servers: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An application at work, in which the saga of one order waits for a handler that is paused."""
+    with Process(tmp_path / "log", "run", APP, environment=on_servers) as process:
+        wait_until(lambda: "is running" in process.log, "the process")
+
+        def is_paused() -> bool:
+            found = json.loads(coordinator(on_servers, "handlers", "list", "--json").stdout)["handlers"]
+            return any(each["paused"] for handler in found for each in handler["processes"])
+
+        assert coordinator(on_servers, "handlers", "pause", "charge", "--by", "ada").returncode == 0
+        wait_until(is_paused, "the pause")
+        assert coordinator(on_servers, "publish", "-", given=event(ORDER, 1) + "\n").returncode == 0
+        wait_until(lambda: "charge_card" in shown(on_servers).get("steps", {}), "the step of the paused handler")
+        yield on_servers
+
+
+def shown(environment: dict[str, str]) -> dict[str, Any]:
+    printed = coordinator(environment, "sagas", "show", ORDER, "--json").stdout
+    found: dict[str, Any] = json.loads(printed) if printed else {}
+    return found
+
+
+def test_a_saga_is_cancelled_while_it_runs_and_ends_undone(running: dict[str, str]) -> None:
+    moved = coordinator(
+        running,
+        "sagas",
+        "move-deadline",
+        APP,
+        ORDER,
+        "charge_card",
+        "2100-01-01",
+        "--why",
+        "the bank is shut",
+        "--by",
+        "ada",
+    )
+    assert (moved.returncode, moved.stderr) == (0, "")
+    revision = str(shown(running)["revision"])
+    cancel = ("sagas", "cancel", APP, ORDER, "--why", "the customer called", "--by", "ada")
+    cancelled = coordinator(running, *cancel, "--revision", revision)
+    assert (cancelled.returncode, cancelled.stderr) == (0, "")
+    assert "ada: the customer called" in cancelled.stdout
+    for arguments, said in (
+        ((*cancel, "--revision", revision), "the saga has moved on: it is at revision"),
+        (cancel, "only a running saga can be cancelled; this one is compensating"),
+        (("sagas", "skip", APP, ORDER, "ship_goods", "--why", "x"), "the saga has begun no step 'ship_goods'"),
+        (
+            ("sagas", "retry", APP, "no-such", "ship_goods", "--why", "x"),
+            "there is no saga with the id or business key",
+        ),
+        (("sagas", "compensate", APP, ORDER, "--why", " "), "say who does this, and why"),
+    ):
+        refused = coordinator(running, *arguments)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert said in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    assert coordinator(running, "handlers", "resume", "charge", "--by", "ada").returncode == 0
+    wait_until(lambda: shown(running)["status"] == "compensated", "the saga's end")
+    acts = [(row["kind"], row["actor"], row["why"]) for row in shown(running)["history"] if row["actor"]]
+    assert acts == [("move_deadline", "ada", "the bank is shut"), ("cancel", "ada", "the customer called")]
+    assert shown(running)["steps"]["charge_card"]["status"] == "undone"

@@ -1,0 +1,133 @@
+"""What an operator can do, where, and what is refused."""
+
+from datetime import timedelta
+
+import pytest
+
+from coordinator.acts import NotPossibleError
+from coordinator.decision import Verb
+from coordinator.flow import sequence
+from coordinator.instance import Status, StepStatus
+from coordinator.testing import SagaRun
+from events.envelope import Direction, Result
+from tests.support.trips import booking, names, run
+
+
+def stuck_back() -> SagaRun:
+    """b could not be undone; a was."""
+    trip = run(sequence(booking("a"), booking("b"), booking("c")))
+    return trip.succeeds().succeeds().declines("no").fails().succeeds()
+
+
+def stuck_forth() -> SagaRun:
+    """What comes after the pivot was declined."""
+    trip = run(sequence(booking("a"), booking("pivot", undone=False, pivot=True), booking("after", undone=False)))
+    return trip.succeeds().succeeds().declines("no")
+
+
+def test_every_act_is_in_the_history_with_who_and_why() -> None:
+    entry = stuck_back().acts(Verb.SKIP, "b").last.entry
+    assert (entry.kind, entry.step, entry.actor, entry.why) == ("skip", "b", "ada", "a test")
+
+
+def test_a_running_saga_is_cancelled_and_undone() -> None:
+    trip = run(sequence(booking("a"), booking("b"))).succeeds().acts(Verb.CANCEL)
+    assert (trip.status, trip.reason, names(trip.sent)) == (Status.COMPENSATING, "cancelled by ada: a test", [])
+    assert names(trip.succeeds().sent) == ["cancel b"], "its answer was awaited"
+    assert trip.succeeds().succeeds().status is Status.COMPENSATED
+
+
+def test_a_cancel_that_races_the_last_reply_comes_first_or_is_refused() -> None:
+    first = run(sequence(booking("a"))).acts(Verb.CANCEL).succeeds()
+    assert names(first.sent) == ["cancel a"]
+    late = run(sequence(booking("a"))).succeeds()
+    with pytest.raises(NotPossibleError, match="only a running saga can be cancelled; this one is completed"):
+        late.acts(Verb.CANCEL)
+
+
+def test_a_compensation_that_failed_is_retried_as_a_new_attempt() -> None:
+    trip = stuck_back()
+    assert trip.status is Status.NEEDS_ATTENTION
+    assert names(trip.acts(Verb.RETRY, "b").sent) == ["cancel b"]
+    assert trip.last.requests[0].attempt == 2
+    assert trip.succeeds().status is Status.COMPENSATED
+
+
+def test_a_compensation_that_was_seen_to_by_hand_is_skipped() -> None:
+    assert stuck_back().acts(Verb.SKIP, "b").status is Status.COMPENSATED
+
+
+def test_compensating_tries_all_again_that_could_not_be_undone() -> None:
+    trip = stuck_back().acts(Verb.COMPENSATE)
+    assert (trip.status, names(trip.sent)) == (Status.COMPENSATING, ["cancel b"])
+    assert run(sequence(booking("a"), booking("b"))).succeeds().acts(Verb.COMPENSATE).status is Status.COMPENSATING
+
+
+def test_past_a_pivot_what_is_stuck_is_retried_or_skipped_and_never_undone() -> None:
+    assert stuck_forth().status is Status.NEEDS_ATTENTION
+    retried = stuck_forth().acts(Verb.RETRY, "after")
+    assert (retried.status, names(retried.sent)) == (Status.RUNNING, ["book after"])
+    assert retried.succeeds().status is Status.COMPLETED
+    assert stuck_forth().acts(Verb.SKIP, "after").status is Status.COMPLETED
+    with pytest.raises(NotPossibleError, match="past its pivot: there is no way back"):
+        stuck_forth().acts(Verb.COMPENSATE)
+
+
+def test_what_waits_for_its_next_attempt_is_retried_now_or_skipped() -> None:
+    flow = sequence(booking("pivot", undone=False, pivot=True), booking("after", undone=False))
+    assert names(run(flow).fails().acts(Verb.RETRY, "pivot").sent) == ["book pivot"]
+    assert names(run(flow).fails().acts(Verb.SKIP, "pivot").sent) == ["book after"]
+
+
+def test_an_outstanding_command_is_sent_again_as_it_was() -> None:
+    trip = run(sequence(booking("a"), booking("b")))
+    first = trip.last.requests[0]
+    assert trip.acts(Verb.RETRY, "a").last.requests[0].id == first.id
+    trip.succeeds(step="a").declines("no")
+    undo = trip.last.requests[0]
+    assert trip.acts(Verb.RETRY, "a").last.requests[0].id == undo.id
+
+
+def test_a_deadline_is_moved() -> None:
+    trip = run(sequence(booking("a")))
+    until = trip.now + timedelta(days=2)
+    assert trip.acts(Verb.MOVE_DEADLINE, "a", until=until).instance.due_at == until
+    assert trip.passes(86_400).status is Status.RUNNING
+    with pytest.raises(NotPossibleError, match="a time to come"):
+        trip.acts(Verb.MOVE_DEADLINE, "a", until=trip.now)
+    with pytest.raises(NotPossibleError, match="step a is succeeded; it has no deadline"):
+        run(sequence(booking("a"))).succeeds().acts(Verb.MOVE_DEADLINE, "a", until=until)
+
+
+def test_who_looked_at_an_older_revision_is_told_to_look_again() -> None:
+    trip = run(sequence(booking("a"), booking("b")))
+    seen = trip.instance.revision
+    trip.succeeds()
+    with pytest.raises(NotPossibleError, match="it is at revision 2, not 1; look at it again"):
+        trip.acts(Verb.CANCEL, revision=seen)
+    assert trip.acts(Verb.CANCEL, revision=2).status is Status.COMPENSATING
+
+
+@pytest.mark.parametrize(
+    ("verb", "step", "said"),
+    [
+        (Verb.RETRY, "a", "step a is undone; there is nothing to retry"),
+        (Verb.SKIP, "a", "step a is undone; only what has failed for good can be skipped"),
+        (Verb.RETRY, "x", "the saga has begun no step 'x'; it has begun: a, b, c"),
+        (Verb.SKIP, None, "the saga has begun no step None"),
+        (Verb.CANCEL, None, "only a running saga can be cancelled"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(verb: Verb, step: str | None, said: str) -> None:
+    trip = stuck_back()
+    before = trip.instance
+    with pytest.raises(NotPossibleError, match=said):
+        trip.acts(verb, step)
+    assert trip.instance == before
+
+
+def test_an_answer_that_comes_after_a_skip_changes_nothing() -> None:
+    trip = stuck_back().acts(Verb.SKIP, "b")
+    trip.replies("b", Direction.UNDO, Result.SUCCEEDED)
+    assert trip.instance.steps["b"].status is StepStatus.UNDONE
+    assert trip.status is Status.COMPENSATED
