@@ -586,6 +586,31 @@ async def test_what_has_failed_is_asked_for_anew_when_its_time_has_come(world: W
     assert (await world.instance()).status == "compensating"
 
 
+async def test_f50_a_reply_that_answers_nothing_outstanding_moves_no_saga(world: World) -> None:
+    """Forged, replayed, or for somebody else: it is noted or kept, and has no effect. Signatures are not checked yet."""
+    coordinator = await world.coordinator(Stubborn)
+    await coordinator.take(wanted())
+    before, sent = await world.instance(), len(await world.sent())
+    forged = [
+        envelope_of(Succeeded(), SagaLink(uuid4(), "hotel", Direction.DO, 1, Result.SUCCEEDED)),
+        envelope_of(Succeeded(), SagaLink(before.id, "hotel", Direction.DO, 2, Result.SUCCEEDED)),
+        envelope_of(Succeeded(), SagaLink(before.id, "hotel", Direction.UNDO, 1, Result.SUCCEEDED)),
+        envelope_of(Succeeded(), SagaLink(before.id, "payment", Direction.DO, 1, Result.SUCCEEDED)),
+        envelope_of(Succeeded(), SagaLink(before.id, "no such step", Direction.DO, 1, Result.SUCCEEDED)),
+    ]
+    await coordinator.take(*forged)
+    after = await world.instance()
+    assert (after.status, after.steps, after.state, after.due_at) == (
+        before.status,
+        before.steps,
+        before.state,
+        before.due_at,
+    )
+    assert len(await world.sent()) == sent
+    assert list((await world.dead()).values()) == ["unknown_saga"]
+    assert await world.history() == ["started", *["late_reply"] * 4]
+
+
 async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: World) -> None:
     coordinator = await world.coordinator(Stubborn)
     operator = Operator(coordinator.engine, coordinator.store)
