@@ -587,7 +587,7 @@ async def test_what_has_failed_is_asked_for_anew_when_its_time_has_come(world: W
 
 
 async def test_f50_a_reply_that_answers_nothing_outstanding_moves_no_saga(world: World) -> None:
-    """Forged, replayed, or for somebody else: it is noted or kept, and has no effect. Signatures are not checked yet."""
+    """Forged, replayed, or for somebody else: it is noted or kept, and has no effect. There are no signatures."""
     coordinator = await world.coordinator(Stubborn)
     await coordinator.take(wanted())
     before, sent = await world.instance(), len(await world.sent())
