@@ -208,7 +208,7 @@ async def test_a_message_that_only_fails_itself_does_not_keep_it_open(stage: Sta
     bank = Bank()
     group = await stage.start(bank.handler())
     await open_by_failures(stage, group, "1", "2")
-    bank.refuses = {"1"}
+    bank.refuses = {"1", "2"}
     bank.error = None
     await stage.send(charge("3"))
     await stage.clock.asleep(0.4)
@@ -218,12 +218,11 @@ async def test_a_message_that_only_fails_itself_does_not_keep_it_open(stage: Sta
         return group.circuits["bank"].state.failed_probes == 1
 
     await until(has_failed)
-    assert bank.calls[2:] == ["1"]
+    assert bank.calls[2:] in (["1"], ["2"])
     await stage.clock.asleep(0.4)
     stage.clock.advance(8)
-    await until_phase(group, Phase.CLOSED)
-    stage.clock.advance(8)
-    assert {(await stage.replies.next()).type for _ in range(2)} == {"charged"}
+    assert (await stage.replies.next()).type == "charged"
+    assert bank.calls[3] == "3", "the next one to ask came from the queue"
 
 
 async def test_a_message_that_fails_as_the_single_try_uses_up_its_attempts(stage: Stage) -> None:
