@@ -75,7 +75,7 @@ def _retry(draft: Draft, step: Step, at: StepState) -> None:
         case StepStatus.UNDO_FAILED:
             draft.status = Status.COMPENSATING
             undo(draft, step)
-        case _ if _is_stuck(draft, step, at):
+        case _ if _is_stuck(draft, at):
             draft.status = Status.RUNNING
             try_anew(draft, step)
         case _:
@@ -87,7 +87,7 @@ def _skip(draft: Draft, step: Step, at: StepState) -> None:
     if at.status in (StepStatus.UNDO_FAILED, StepStatus.UNDO_RETRYING):
         draft.settle(step.name, StepStatus.UNDONE)
         draft.status = Status.COMPENSATING
-    elif at.status is StepStatus.RETRYING or _is_stuck(draft, step, at):
+    elif at.status is StepStatus.RETRYING or _is_stuck(draft, at):
         draft.settle(step.name, StepStatus.SUCCEEDED)
         draft.status = Status.RUNNING
     else:
@@ -102,15 +102,15 @@ def _move(draft: Draft, given: Acted, step: Step, at: StepState) -> None:
     draft.set(step.name, due_at=given.until)
 
 
-def _is_stuck(draft: Draft, step: Step, at: StepState) -> bool:
+def _is_stuck(draft: Draft, at: StepState) -> bool:
     """Say whether a step is why a saga goes neither on nor back."""
     failed = at.status in (StepStatus.UNKNOWN, StepStatus.DECLINED)
-    return failed and draft.status is Status.NEEDS_ATTENTION and (step.pivot or draft.is_past_pivot)
+    return failed and draft.status is Status.NEEDS_ATTENTION and draft.is_past_pivot
 
 
 def _refuse_past_pivot(draft: Draft) -> None:
     if draft.is_past_pivot:
-        raise NotPossibleError("it is past its pivot: there is no way back; retry or skip the step that is stuck")
+        raise NotPossibleError("its pivot has begun: there is no way back; retry or skip the step that is stuck")
 
 
 def _step(draft: Draft, given: Acted) -> tuple[Step, StepState]:

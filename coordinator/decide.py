@@ -129,14 +129,14 @@ def _undone(draft: Draft, step: Step, given: Replied) -> None:
 def _not_known(draft: Draft, step: Step, reason: str, answer: Result | None = None) -> None:
     """Nobody knows whether a step has happened: turn back, or where that cannot be, try it anew."""
     at = draft.steps[step.name]
-    if not step.pivot and not draft.is_past_pivot:
+    if not draft.is_past_pivot:
         draft.settle(step.name, StepStatus.UNKNOWN, answer=answer)
         draft.turn_back(reason)
     elif at.attempt < step.recovery.attempts:
         draft.wait(step.name, StepStatus.RETRYING, step.recovery.wait(at.attempt))
     else:
         draft.settle(step.name, StepStatus.UNKNOWN, answer=answer)
-        draft.stop(reason)
+        draft.turn_back(reason)
 
 
 def _not_undone(draft: Draft, step: Step, reason: str) -> None:
@@ -177,7 +177,7 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
     error = draft.apply(step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None)
     if error:
         draft.explain(f"{step.name} succeeded late, but {error}")
-    if step.pivot or draft.is_past_pivot:
+    if draft.is_past_pivot:
         if given.result is Result.SUCCEEDED:  # it was given up on, and there is only the way on
             draft.settle(step.name, StepStatus.SUCCEEDED, answer=given.result)
             if not error:

@@ -62,7 +62,7 @@ class Saga(BaseModel):
     Class arguments:
         name: the saga's name; default is the class name in snake case.
         version: an instance is run to its end by the version that it started with.
-        deadline: seconds from its start after which it turns back, unless it is past a pivot.
+        deadline: seconds from its start after which it turns back, unless a pivot has begun.
     """
 
     model_config = ConfigDict(

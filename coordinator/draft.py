@@ -51,19 +51,14 @@ class Draft:
 
     @property
     def is_past_pivot(self) -> bool:
-        """Whether there is no way back."""
-        done = (name for name, at in self.steps.items() if at.status is StepStatus.SUCCEEDED)
-        return any(self.definition.by_name[name].pivot for name in done)
+        """Whether there is no way back: a pivot has begun, and has not been declined. Until it answers nobody knows."""
+        begun = (step.name for step in self.definition.steps if step.pivot and step.name in self.steps)
+        return any(self.steps[name].status is not StepStatus.DECLINED for name in begun)
 
     def turn_back(self, reason: str) -> None:
         """Begin to undo what was done; where there is no way back a person must look."""
         self.explain(reason)
         self.status = Status.NEEDS_ATTENTION if self.is_past_pivot else Status.COMPENSATING
-
-    def stop(self, reason: str) -> None:
-        """Neither go on nor back: a person must look."""
-        self.explain(reason)
-        self.status = Status.NEEDS_ATTENTION
 
     def wait(self, step: str, status: StepStatus, seconds: float) -> None:
         """Let a step wait for its next attempt."""

@@ -108,8 +108,7 @@ def send(draft: Draft, step: Step, direction: Direction, attempt: int, sends: in
         if direction is Direction.DO:
             never_sent = draft.steps[step.name].sends == 0 and attempt == 1
             draft.settle(step.name, StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN)
-            leave = draft.stop if step.pivot and not never_sent else draft.turn_back
-            leave(f"{step.name} could not be asked for: {error}")
+            draft.turn_back(f"{step.name} could not be asked for: {error}")
         else:
             draft.settle(step.name, StepStatus.UNDO_FAILED)
             draft.explain(f"{step.name} could not be undone: {error}")

@@ -69,8 +69,21 @@ def test_past_a_pivot_what_is_stuck_is_retried_or_skipped_and_never_undone() -> 
     assert (retried.status, names(retried.sent)) == (Status.RUNNING, ["book after"])
     assert retried.succeeds().status is Status.COMPLETED
     assert stuck_forth().acts(Verb.SKIP, "after").status is Status.COMPLETED
-    with pytest.raises(NotPossibleError, match="past its pivot: there is no way back"):
+    with pytest.raises(NotPossibleError, match="its pivot has begun: there is no way back"):
         stuck_forth().acts(Verb.COMPENSATE)
+
+
+@pytest.mark.parametrize("verb", [Verb.CANCEL, Verb.COMPENSATE])
+def test_while_nobody_knows_of_the_pivot_there_is_no_way_back(verb: Verb) -> None:
+    """The money may be taken: to undo the rest would keep it for nothing."""
+    trip = run(sequence(booking("a"), booking("pivot", undone=False, pivot=True))).succeeds()
+    with pytest.raises(NotPossibleError, match="its pivot has begun"):
+        trip.acts(verb)
+    trip.fails()
+    with pytest.raises(NotPossibleError, match="its pivot has begun"):
+        trip.acts(verb)
+    trip.acts(Verb.RETRY, "pivot").declines("no")
+    assert names(trip.sent) == ["cancel a"]
 
 
 def test_what_waits_for_its_next_attempt_is_retried_now_or_skipped() -> None:
