@@ -231,10 +231,11 @@ class HandlerRunner:
             self._running[key] = []
             self._finish(outcome)
         else:
-            return await self._begin_run(item, envelope, at_once=at_once)
+            doubted = self._tools.fence.doubted_by(envelope, known)
+            return await self._begin_run(item, envelope, doubted, at_once=at_once)
         return True
 
-    async def _begin_run(self, item: Item, envelope: Envelope, *, at_once: bool) -> bool:
+    async def _begin_run(self, item: Item, envelope: Envelope, doubted: UUID | None, *, at_once: bool) -> bool:
         if not at_once:
             await self.pace.keep()
             if self.handler.key is None:  # others must not wait behind one that waits for its key
@@ -247,14 +248,14 @@ class HandlerRunner:
             self._circuit.tell(Signal.PROBE)
             self._probe = envelope.key
         self._running[envelope.key] = []
-        task = asyncio.create_task(self._run(item, envelope, at_once=at_once))
+        task = asyncio.create_task(self._run(item, envelope, doubted, at_once=at_once))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
 
     # Running
 
-    async def _run(self, item: Item, envelope: Envelope, *, at_once: bool) -> None:
+    async def _run(self, item: Item, envelope: Envelope, doubted: UUID | None, *, at_once: bool) -> None:
         once = self._once_in_transaction if self.handler.session_parameter else self._once
         try:
             async with self._place(envelope, at_once=at_once):
@@ -263,6 +264,9 @@ class HandlerRunner:
                     self._intake.put_back([item])
                     self.flow.left_over()
                     return
+                if doubted is not None:  # what it undoes is not begun from now on, and what has begun speaks for itself
+                    await self._until_database_answers(lambda: self._recorder.call_off(doubted))
+                item.begun = True
                 outcome = await self.execution.run(
                     item, envelope, lambda message, context: once(item, envelope, message, context)
                 )
