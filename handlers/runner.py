@@ -259,10 +259,8 @@ class HandlerRunner:
         once = self._once_in_transaction if self.handler.session_parameter else self._once
         try:
             async with self._place(envelope, at_once=at_once):
-                if not at_once and not self._may_run(envelope):
-                    self._release(envelope.key)
-                    self._intake.put_back([item])
-                    self.flow.left_over()
+                if not self._may_run(envelope, at_once=at_once):
+                    await self._leave(item, envelope, at_once=at_once)
                     return
                 if doubted is not None:  # what it undoes is not begun from now on, and what has begun speaks for itself
                     await self._until_database_answers(lambda: self._recorder.call_off(doubted))
@@ -283,11 +281,7 @@ class HandlerRunner:
                 extra={"action": "handler.interrupted", "handler": self.handler.name, "message_id": envelope.id},
             )
             await self._clock.sleep(_DATABASE_PAUSE)
-            self._release(envelope.key)
-            if at_once:
-                await self._abandon(item)
-            else:
-                self._intake.put_back([item])
+            await self._leave(item, envelope, at_once=at_once)
             return
         finally:
             if self._circuit is not None and self._probe == envelope.key:
@@ -302,9 +296,20 @@ class HandlerRunner:
         else:
             self._settled(item)
 
-    def _may_run(self, envelope: Envelope) -> bool:
-        """Say whether a message may be tried: while it waited for its place the breaker may have opened."""
-        return self._circuit is None or self._circuit.is_closed or self._probe == envelope.key
+    async def _leave(self, item: Item, envelope: Envelope, *, at_once: bool) -> None:
+        """Put back what nothing has come of."""
+        self._release(envelope.key)
+        if at_once:
+            await self._abandon(item)
+        else:
+            self._intake.put_back([item])
+            self.flow.left_over()
+
+    def _may_run(self, envelope: Envelope, *, at_once: bool) -> bool:
+        """Say whether a message may be tried: while it waited for its place the flow may have been turned off."""
+        if at_once or self._probe == envelope.key:
+            return not self.flow.paused
+        return self.flow.is_free
 
     @asynccontextmanager
     async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:
