@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from events.codec import Readable, bundle_body
 from events.database import transaction
@@ -28,6 +29,7 @@ from tests.support.flows import (
     until,
 )
 
+PAUSED = {"paused": True, "retry": {}, "changed_by": "", "reason": ""}
 BY = {"by": "ada", "reason": "the bank asked"}
 
 
@@ -66,6 +68,37 @@ async def test_changes_are_merged_and_each_is_kept_with_who_and_why(stage: Stage
         ("ada", {"rate": 5.0}),
     ]
     assert {row["reason"] for row in kept} == {"", "the bank asked"}
+
+
+async def test_operators_who_change_things_at_once_lose_nothing(stage: Stage, operations: Operations) -> None:
+    now = stage.clock.now()
+    for number in range(10):
+        name = f"handler_{number}"
+        await asyncio.gather(
+            operations.change(name, now=now, **BY, paused=True),
+            operations.change(name, now=now, **BY, rate=5.0),
+            operations.change(name, now=now, **BY, retry={"attempts": 3}),
+            operations.change(name, now=now, **BY, retry={"first": 2.0}),
+        )
+    shown = [each.setting.limits for each in await operations.overview(now) if each.setting]
+    assert shown == [{"paused": True, "rate": 5.0, "attempts": 3, "first": 2.0}] * 10
+
+
+@pytest.mark.postgres
+async def test_a_reset_waits_for_a_pause_that_is_being_written(pg_url: str) -> None:
+    async with open_stage(pg_url) as stage:
+        now, operations = stage.clock.now(), Operations(stage.engine, ids=TimeOrderedIds())
+        async with transaction(stage.engine) as connection:
+            await connection.execute(handler_setting.insert().values(handler="charge_card", **PAUSED, changed_at=now))
+            resetting = asyncio.create_task(operations.reset("charge_card", now=now, **BY))
+
+            async def it_waits() -> bool:
+                async with stage.engine.connect() as other:
+                    waiting = await other.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+                    return bool(waiting.scalar_one())
+
+            await until(it_waits)
+        assert (await resetting).paused
 
 
 async def test_a_reset_leaves_what_the_code_says_and_keeps_a_pause(stage: Stage, operations: Operations) -> None:
