@@ -92,11 +92,15 @@ def run(
             await stack.enter_async_context(process.exits_when_stalled(settings.max_stall, SystemClock()))
             running = await process.enter_when_up(stack, node, patience=settings.wait, clock=SystemClock())
             await stack.enter_async_context(serving_health(running, settings.health))
+            await stack.enter_async_context(
+                process.exits_when_overdue(settings.max_stall, SystemClock(), lambda: running.overdue)
+            )
             out.print(f"{loaded.name} is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()
+            stopping()
 
     service = f"{loaded.name}-{only}" if only else loaded.name
-    with process.traced(service):
+    with process.traced(service), process.shutdown_within(settings.grace + process.TIDY_UP) as stopping:
         process.run(work())
 
 
@@ -117,8 +121,9 @@ def relay() -> None:
             await process.enter_when_up(stack, opened, patience=settings.wait, clock=SystemClock())
             out.print("the relay is running; stop it with Ctrl-C", highlight=False)
             await process.until_stopped()
+            stopping()
 
-    with process.traced("relay"):
+    with process.traced("relay"), process.shutdown_within(process.TIDY_UP) as stopping:
         process.run(work())
 
 

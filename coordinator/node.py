@@ -146,6 +146,11 @@ class Node:
             found.append(f"the database does not answer: {type(error).__name__}")
         return found
 
+    @property
+    def overdue(self) -> float:
+        """For how many seconds a handler has gone on that was cancelled; 0 if there is none."""
+        return self._group.overdue if self._group else 0
+
     def handler_states(self) -> dict[str, Any]:
         """Return how each handler of this process is."""
         return self._group.states() if self._group else {}

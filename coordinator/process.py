@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from opentelemetry import trace
 from opentelemetry.instrumentation.aio_pika import AioPikaInstrumentor
@@ -30,6 +31,7 @@ T = TypeVar("T")
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 5.0
 _REARM_EVERY = 5.0
+TIDY_UP = 10.0  # seconds that a process gets to end when its handlers have had their time
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -159,6 +161,50 @@ async def exits_when_stalled(limit: float, clock: Clock) -> AsyncIterator[None]:
     finally:
         await cancel_all([task])
         faulthandler.cancel_dump_traceback_later()
+
+
+@asynccontextmanager
+async def exits_when_overdue(limit: float, clock: Clock, overdue: Callable[[], float]) -> AsyncIterator[None]:
+    """End the process with exit code 1 once `overdue()` has reached `limit` during the block.
+
+    A handler that goes on although it is cancelled keeps its slot, and a transaction perhaps, until its process ends.
+    0 is never.
+    """
+    if not limit:
+        yield
+        return
+
+    async def watch() -> None:
+        while (seconds := overdue()) < limit:
+            await clock.sleep(_REARM_EVERY)
+        _leave(f"a handler has not ended {seconds:.0f} s after it was cancelled")
+
+    task = asyncio.create_task(watch(), name="process.overdue")
+    try:
+        yield
+    finally:
+        await cancel_all([task])
+
+
+@contextmanager
+def shutdown_within(seconds: float) -> Iterator[Callable[[], None]]:
+    """End the process with exit code 1 if the block has not ended `seconds` after the function it is given was called.
+
+    Whoever asks a process to stop must not wait for ever: not for a handler that swallows its cancellation, not for
+    a server that has stopped to answer. What is not committed then is done again, as after a crash.
+    """
+    timer = threading.Timer(seconds, _leave, [f"the shutdown takes longer than {seconds:g} s"])
+    timer.daemon = True
+    try:
+        yield timer.start
+    finally:
+        timer.cancel()
+
+
+def _leave(why: str) -> NoReturn:
+    logger.critical("%s: the process ends without more ado", why, extra={"action": "process.leaves"})
+    faulthandler.dump_traceback()
+    os._exit(1)
 
 
 async def until_stopped() -> None:

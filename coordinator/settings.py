@@ -34,7 +34,8 @@ class Settings(BaseSettings):
     max_stall: float = Field(
         default=60.0,
         ge=0,
-        description="seconds that the event loop may stand still before the process exits; 0 for ever",
+        description="seconds that the event loop may stand still, or a handler that was cancelled go on, before the"
+        " process exits; 0 for ever",
     )
     pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
     health: str = Field(

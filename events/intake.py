@@ -26,7 +26,7 @@ class Item:
     """One message of a delivery: read or unreadable, settled on its own.
 
     `alone` is set when the delivery came a second time: it is then tried apart from all others.
-    `transport` is the trace context of the delivery itself.
+    `transport` is the trace context of the delivery itself. `begun` is set once it has been tried here.
     """
 
     part: Part
@@ -34,6 +34,7 @@ class Item:
     alone: bool
     transport: str | None
     settled: bool = False
+    begun: bool = False
 
     @property
     def delivery(self) -> Delivery:

@@ -48,8 +48,10 @@ class Answers:
         waiting = known.waiting.get(envelope.key) if row_of(item) is None else None
         if (entry := recorded or waiting) and entry.contradicts(envelope):
             return self.bury_other(item, envelope, entry)
+        if recorded and is_barred(recorded):
+            return self.doubt(item, envelope) if _was_tried(item) else self.refuse(item, envelope)
         if recorded:
-            return self.refuse(item, envelope) if is_barred(recorded) else self.repeat(item, envelope, recorded)
+            return self.repeat(item, envelope, recorded)
         return Outcome(item, None, Result.SUCCEEDED) if waiting else None  # it will be tried when it is due
 
     def without_run(self, item: Item, part: Readable, known: Known, retry: Retry) -> Outcome | None:
@@ -57,7 +59,7 @@ class Answers:
         envelope, row = part.envelope, row_of(item)
         if row is None and item.alone:
             return self.park(item, part)
-        if self._fence.has_nothing_to_undo(envelope, known.recorded):
+        if self._fence.has_nothing_to_undo(envelope, known):
             command = self._fence.undone_by(envelope)
             return self.undo_nothing(item, envelope, None if command in known.recorded else command)
         if row is not None and row.crashes >= retry.crashes:
@@ -156,7 +158,7 @@ class Answers:
         return outcome
 
     def refuse(self, item: Item, envelope: Envelope) -> Outcome:
-        """Return the outcome of a command whose compensation was there first. Nothing more is recorded of it."""
+        """Return the outcome of a command whose compensation came before any try. Nothing more is recorded of it."""
         logger.info(
             "%s does not run %s: its compensation was there first",
             self._handler.name,
@@ -166,6 +168,24 @@ class Answers:
         outcome = Outcome(item, None, Result.DECLINED)
         refused = Refused(reason="its compensation was there first")
         self.reply(outcome, envelope, refused, envelope.traceparent, envelope.tracestate)
+        return outcome
+
+    def doubt(self, item: Item, envelope: Envelope) -> Outcome:
+        """Return the outcome of a command that has been tried, and whose compensation came meanwhile.
+
+        It may have been done, and after its compensation: it fails, so that its saga undoes it once more.
+        """
+        logger.warning(
+            "%s does not try %s again: its compensation came meanwhile; its saga is told to undo it once more",
+            self._handler.name,
+            envelope.id,
+            extra={"action": "handler.overtaken", "handler": self._handler.name, "message_id": envelope.id},
+        )
+        outcome = Outcome(item, None, Result.FAILED, doubts=envelope.key)
+        row = row_of(item)
+        reason = "its compensation came while it was tried; nobody knows whether it was done"
+        failed = Failed(code="overtaken", reason=reason, attempts=max(1, row.attempts - 1) if row else 1)
+        self.reply(outcome, envelope, failed, envelope.traceparent, envelope.tracestate)
         return outcome
 
     def repeat(self, item: Item, envelope: Envelope, known: Recorded) -> Outcome:
@@ -211,3 +231,8 @@ class Answers:
         )
         outcome.reply = Outbound(reply, Address(Exchange.REPLIES, envelope.reply_to))
         outcome.messages.append(outcome.reply)
+
+
+def _was_tried(item: Item) -> bool:
+    """Say whether a try of a message may have begun: here, before it came to wait, or in a process that has died."""
+    return item.begun or item.alone or row_of(item) is not None

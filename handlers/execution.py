@@ -29,6 +29,7 @@ from handlers.definition import Handler
 from handlers.outcome import Outcome
 from handlers.policy import Again, GiveUp, Ladder
 from handlers.retries import Retries, Waiting, row_of
+from handlers.timeouts import Timeouts
 from handlers.tools import Tools
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ class Execution:
 
     Attributes:
         retry: the policy in force; an operator may change it.
+        timeouts: ends tries that take too long.
     """
 
     def __init__(
         self, handler: Handler, registry: Registry, answers: Answers, *, tools: Tools, circuit: Circuit | None = None
     ) -> None:
         self.retry = handler.retry
+        self.timeouts = Timeouts(handler.name, handler.timeout)
         self._handler = handler
         self._registry = registry
         self._answers = answers
@@ -180,7 +183,7 @@ class Execution:
             arguments[handler.session_parameter] = session
         result, returned = Result.SUCCEEDED, None
         try:
-            returned = await self._invoke(arguments)
+            returned = await self._invoke(arguments, context.message_id)
         except Declined as declined:
             result, returned = Result.DECLINED, declined.outcome
         except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -199,10 +202,10 @@ class Execution:
         self._add_messages(outcome, envelope, context, returned)
         return outcome
 
-    async def _invoke(self, arguments: dict[str, Any]) -> Any:
+    async def _invoke(self, arguments: dict[str, Any], message_id: str) -> Any:
         """Call the handler's function with `arguments` and what the container makes for it, within the timeout."""
         handler = self._handler
-        async with asyncio.timeout(handler.timeout):
+        async with self.timeouts.limit(message_id):
             if not handler.resources or self._container is None:
                 return await handler.function(**arguments)
             async with self._container() as scope:

@@ -4,15 +4,21 @@ Messages overtake each other, so a compensation may arrive first. It then succee
 mark in the inbox in the place of the command, which is refused when it comes. (Seata calls this empty rollback and
 anti-suspension: "Seata TCC mode", section "TCC Fence".) It works where command and compensation are handled on one
 database, so only for commands that the same application handles.
+
+A command that has been tried is another matter: it may have had its effect although every try has failed. If it waits
+to be tried again its compensation runs, and it is barred. If its compensation was there while it was being tried for
+the first time, it says so when it comes back: it has failed, not been declined, and its saga undoes it once more.
 """
 
-from collections.abc import Mapping
 from uuid import UUID
 
 from events.envelope import Direction, Envelope
-from handlers.inbox import Recorded
+from handlers.inbox import Known, Recorded
 
-BARRED = b""  # stands where a handled command has its reply
+# What stands where a handled command has its reply, once it must not run any more
+UNTRIED = b""  # nobody knows of a try
+TRIED = b"tried"  # it may have been done
+MARKS = (UNTRIED, TRIED)
 
 
 class Fence:
@@ -32,12 +38,19 @@ class Fence:
             return None
         return saga.undoes
 
-    def has_nothing_to_undo(self, envelope: Envelope, recorded: Mapping[UUID, Recorded]) -> bool:
-        """Say whether the command that `envelope` undoes has not been executed."""
+    def has_nothing_to_undo(self, envelope: Envelope, known: Known) -> bool:
+        """Say whether nobody knows of a try of the command that `envelope` undoes."""
         command = self.undone_by(envelope)
-        return command is not None and (command not in recorded or is_barred(recorded[command]))
+        if command is None or command in known.tried:
+            return False
+        return command not in known.recorded or known.recorded[command].reply == UNTRIED
+
+    def doubted_by(self, envelope: Envelope, known: Known) -> UUID | None:
+        """Return the key of the command that `envelope` undoes if it has been tried, and waits to be tried again."""
+        command = self.undone_by(envelope)
+        return command if command in known.tried else None
 
 
 def is_barred(entry: Recorded) -> bool:
     """Say whether a compensation stands in the place of the command."""
-    return entry.reply == BARRED
+    return entry.reply in MARKS

@@ -70,6 +70,11 @@ class HandlerGroup:
         """The names of background tasks that have failed and wait to be started again."""
         return self._supervisor.failing.union(*(runner.failing for runner in self.runners.values()))
 
+    @property
+    def overdue(self) -> float:
+        """For how many seconds a try has gone on that was cancelled; 0 if there is none."""
+        return max((runner.execution.timeouts.overdue for runner in self.runners.values()), default=0)
+
     async def start(self) -> None:
         """Start to consume; the queues must have been declared."""
         await self._retries.clock.calibrate()

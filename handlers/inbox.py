@@ -37,13 +37,20 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of some messages: those that are recorded, and those that wait to be tried again."""
+    """What is known of some messages.
+
+    Attributes:
+        recorded: those that are handled.
+        waiting: those that wait to be tried again by this consumer.
+        tried: those that wait to be tried again by any.
+    """
 
     recorded: Mapping[UUID, Recorded]
     waiting: Mapping[UUID, Recorded]
+    tried: frozenset[UUID]
 
 
-NOTHING = Known({}, {})
+NOTHING = Known({}, {}, frozenset())
 _replace = Bulk(inbox, "message_key", "reply", "reply_to", "content")
 OF_SAGAS = "saga"
 
@@ -69,14 +76,16 @@ class Inbox:
         """Return what is known of `keys`, outside any transaction."""
         async with self._reader.connect() as connection:
             rows = await _known.find(connection, keys)
-        recorded, waiting = {}, {}
+        recorded, waiting, tried = {}, {}, set()
         for *found, waits in rows:
             entry = Recorded(*found)
+            if waits:
+                tried.add(entry.key)
             if waits and entry.consumer == self._name:
                 waiting[entry.key] = entry
             elif not waits and (entry.consumer == self._name or (self._commands and entry.consumer == OF_SAGAS)):
                 recorded[entry.key] = entry
-        return Known(recorded, waiting)
+        return Known(recorded, waiting, frozenset(tried))
 
     async def record_new(self, connection: AsyncConnection, handled: Sequence[Recorded], now: datetime) -> None:
         """Record messages that nobody is expected to have recorded; a conflict is an error."""
@@ -90,15 +99,19 @@ class Inbox:
         """
         return set(await _insert.insert_new(connection, self._rows(handled, now), key=("message_key", "consumer")))
 
-    async def take_over(self, connection: AsyncConnection, handled: Sequence[Recorded], barred: bytes) -> set[UUID]:
-        """Record messages in whose place only the mark `barred` stands; return their keys."""
+    async def take_over(
+        self, connection: AsyncConnection, handled: Sequence[Recorded], marks: Sequence[bytes]
+    ) -> set[UUID]:
+        """Record messages in whose place only one of `marks` stands; return their keys."""
         taken = set()
         for entry in sorted(handled, key=lambda entry: entry.key.int):
-            with suppress(StaleRowError):
-                async with connection.begin_nested():
-                    row = (entry.key, entry.reply, entry.reply_to, entry.content)
-                    await _replace.update(connection, [row], key="message_key", expected=("reply", [barred]))
-                taken.add(entry.key)
+            for mark in marks:
+                with suppress(StaleRowError):
+                    async with connection.begin_nested():
+                        row = (entry.key, entry.reply, entry.reply_to, entry.content)
+                        await _replace.update(connection, [row], key="message_key", expected=("reply", [mark]))
+                    taken.add(entry.key)
+                    break
         return taken
 
     def _rows(self, handled: Sequence[Recorded], now: datetime) -> list[tuple[object, ...]]:

@@ -4,9 +4,11 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import inf
 
 from events.clock import Clock
 
+_LOOK_EVERY = 0.5  # seconds: so soon a change of the rate is seen by who waits
 _BURST = 0.05  # seconds' worth of messages that may come at once: sleeping for less is not worth its cost
 
 
@@ -68,18 +70,18 @@ class Pace:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._next = 0.0
-        self.rate: float | None = None
+        self._last = -inf  # when the last one passed, or would have without a burst
+        self.rate: float | None = None  # it may change while somebody waits
 
     async def keep(self) -> None:
         """Return when one more may pass."""
-        if self.rate is None:
-            return
-        now = self._clock.monotonic()
-        at = max(self._next, now - _BURST)
-        self._next = at + 1 / self.rate
-        if at > now:
-            await self._clock.sleep(at - now)
+        while self.rate is not None:
+            now = self._clock.monotonic()
+            at = max(self._last + 1 / self.rate, now - _BURST)
+            if at <= now:
+                self._last = at
+                return
+            await self._clock.sleep(min(at - now, _LOOK_EVERY))
 
 
 class OneAtATime:

@@ -38,6 +38,9 @@ _sign = text(
     bindparam("now", type_=Timestamp),
     bindparam("handlers", type_=Json),
 )
+# A change is made of what is set already, so there is one at a time. Who only reads is not held up. SQLite has one
+# writer anyway.
+_ONE_AT_A_TIME = text("LOCK TABLE handler_setting IN SHARE ROW EXCLUSIVE MODE")
 _set = text(
     "INSERT INTO handler_setting (handler, paused, rate, concurrency, retry, changed_at, changed_by, reason)"
     " VALUES (:handler, :paused, :rate, :concurrency, :retry, :changed_at, :changed_by, :reason)"
@@ -198,7 +201,7 @@ class Operations:
             ConfigurationError: a value is of no use.
         """
         async with transaction(self._engine) as connection:
-            before = (await self._settings(connection)).get(name) or Setting()
+            before = await self._before_change(connection, name)
             if "retry" in changes:
                 merged = {**before.retry, **changes["retry"]}
                 changes["retry"] = {key: value for key, value in merged.items() if value is not None}
@@ -209,10 +212,15 @@ class Operations:
     async def reset(self, name: str, *, by: str, reason: str, now: datetime) -> Setting:
         """Remove all settings of a handler, so that what its code says holds; a pause stays."""
         async with transaction(self._engine) as connection:
-            before = (await self._settings(connection)).get(name) or Setting()
+            before = await self._before_change(connection, name)
             after = Setting(paused=before.paused, changed_at=now, changed_by=by, reason=reason)
             await self._write(connection, name, after, {"rate": None, "concurrency": None, "retry": {}})
         return after
+
+    async def _before_change(self, connection: AsyncConnection, name: str) -> Setting:
+        if connection.dialect.name == "postgresql":
+            await connection.execute(_ONE_AT_A_TIME)
+        return (await self._settings(connection)).get(name) or Setting()
 
     async def _write(self, connection: AsyncConnection, name: str, after: Setting, changes: Mapping[str, Any]) -> None:
         values = {each.name: getattr(after, each.name) for each in fields(Setting)}

@@ -31,7 +31,8 @@ class Outcome:
         reply: what a duplicate is answered.
         dead: its dead letter, if it was given up on.
         again: its row in the table of those that are tried again; it is not handled yet.
-        bars: the key of a command that must not run any more.
+        bars: the key of a command that must not run any more, and has not been tried.
+        doubts: the key of a command that must not run any more, and may have been done.
         progress: how far this has come.
     """
 
@@ -43,6 +44,7 @@ class Outcome:
     dead: DeadLetter | None = None
     again: Waiting | None = None
     bars: UUID | None = None
+    doubts: UUID | None = None
     progress: Progress = Progress.PENDING
 
     @property

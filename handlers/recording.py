@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -16,7 +17,7 @@ from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import completed_by
 from events.outbox import AfterCommit, Outbox
-from handlers.fence import BARRED
+from handlers.fence import MARKS, TRIED, UNTRIED
 from handlers.inbox import OF_SAGAS, Inbox, Recorded
 from handlers.outcome import Outcome
 from handlers.retries import Retries, Waiting, row_of
@@ -57,7 +58,8 @@ class Recorder:
 
     async def commit(self, outcomes: Sequence[Outcome]) -> tuple[Sequence[Outcome], AfterCommit]:
         """Record `outcomes` in a transaction of their own. Returns those that nobody had recorded before."""
-        if self._engine.dialect.name == "postgresql":
+        doubtful = any(outcome.doubts is not None for outcome in outcomes)
+        if self._engine.dialect.name == "postgresql" and not doubtful:
             try:
                 return outcomes, await self._commit_in_one_statement(outcomes)
             except IntegrityError:
@@ -92,9 +94,23 @@ class Recorder:
         fresh = await self._inbox.record(connection, new, now) if new else set()
         if has_run and len(fresh) < len(new):
             late = [entry for entry in new if entry.key not in fresh]
-            fresh |= await self._inbox.take_over(connection, late, BARRED)
+            fresh |= await self._inbox.take_over(connection, late, MARKS)
+        await self._doubt(connection, [outcome.doubts for outcome in judged if outcome.doubts is not None], now)
         kept = [outcome for outcome in judged if outcome.handled is None or outcome.handled.key in fresh]
         return kept, await self._store_consequences(connection, kept, now)
+
+    async def call_off(self, command: UUID) -> None:
+        """Bar a command that may have been done, and let it wait no more. In a transaction of its own."""
+        async with transaction(self._engine) as connection:
+            await self._doubt(connection, [command], self._clock.now())
+            await self._retries.call_off(connection, command)
+
+    async def _doubt(self, connection: AsyncConnection, commands: Sequence[UUID], now: datetime) -> None:
+        if not commands:
+            return
+        marks = [Recorded(command, OF_SAGAS, TRIED, None) for command in commands]
+        fresh = await self._inbox.record(connection, marks, now)
+        await self._inbox.take_over(connection, [mark for mark in marks if mark.key not in fresh], [UNTRIED])
 
     def _handled(self, outcomes: Sequence[Outcome]) -> list[Recorded]:
         return [self._recorded(outcome, outcome.handled) for outcome in outcomes if outcome.handled is not None]
@@ -141,4 +157,4 @@ class Recorder:
 
 
 def _barred(outcomes: Sequence[Outcome]) -> list[Recorded]:
-    return [Recorded(outcome.bars, OF_SAGAS, BARRED, None) for outcome in outcomes if outcome.bars is not None]
+    return [Recorded(outcome.bars, OF_SAGAS, UNTRIED, None) for outcome in outcomes if outcome.bars is not None]

@@ -244,6 +244,10 @@ class Retries:
         """Delete `rows`: their messages are handled, or given up on."""
         await delete_by_id(connection, retry, sorted((row.id for row in rows), key=lambda each: each.int))
 
+    async def call_off(self, connection: AsyncConnection, key: UUID) -> None:
+        """Delete the row of a message that is not to be tried any more; one that is being tried speaks for itself."""
+        await connection.execute(retry.delete().where(retry.c.message_key == key, retry.c.begun_at.is_(None)))
+
     # In transactions of their own
 
     async def count_due(self) -> dict[str, tuple[int, int]]:

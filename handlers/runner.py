@@ -231,10 +231,11 @@ class HandlerRunner:
             self._running[key] = []
             self._finish(outcome)
         else:
-            return await self._begin_run(item, envelope, at_once=at_once)
+            doubted = self._tools.fence.doubted_by(envelope, known)
+            return await self._begin_run(item, envelope, doubted, at_once=at_once)
         return True
 
-    async def _begin_run(self, item: Item, envelope: Envelope, *, at_once: bool) -> bool:
+    async def _begin_run(self, item: Item, envelope: Envelope, doubted: UUID | None, *, at_once: bool) -> bool:
         if not at_once:
             await self.pace.keep()
             if self.handler.key is None:  # others must not wait behind one that waits for its key
@@ -247,22 +248,23 @@ class HandlerRunner:
             self._circuit.tell(Signal.PROBE)
             self._probe = envelope.key
         self._running[envelope.key] = []
-        task = asyncio.create_task(self._run(item, envelope, at_once=at_once))
+        task = asyncio.create_task(self._run(item, envelope, doubted, at_once=at_once))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
 
     # Running
 
-    async def _run(self, item: Item, envelope: Envelope, *, at_once: bool) -> None:
+    async def _run(self, item: Item, envelope: Envelope, doubted: UUID | None, *, at_once: bool) -> None:
         once = self._once_in_transaction if self.handler.session_parameter else self._once
         try:
             async with self._place(envelope, at_once=at_once):
-                if not at_once and not self._may_run(envelope):
-                    self._release(envelope.key)
-                    self._intake.put_back([item])
-                    self.flow.left_over()
+                if not self._may_run(envelope, at_once=at_once):
+                    await self._leave(item, envelope, at_once=at_once)
                     return
+                if doubted is not None:  # what it undoes is not begun from now on, and what has begun speaks for itself
+                    await self._until_database_answers(lambda: self._recorder.call_off(doubted))
+                item.begun = True
                 outcome = await self.execution.run(
                     item, envelope, lambda message, context: once(item, envelope, message, context)
                 )
@@ -279,11 +281,7 @@ class HandlerRunner:
                 extra={"action": "handler.interrupted", "handler": self.handler.name, "message_id": envelope.id},
             )
             await self._clock.sleep(_DATABASE_PAUSE)
-            self._release(envelope.key)
-            if at_once:
-                await self._abandon(item)
-            else:
-                self._intake.put_back([item])
+            await self._leave(item, envelope, at_once=at_once)
             return
         finally:
             if self._circuit is not None and self._probe == envelope.key:
@@ -298,9 +296,20 @@ class HandlerRunner:
         else:
             self._settled(item)
 
-    def _may_run(self, envelope: Envelope) -> bool:
-        """Say whether a message may be tried: while it waited for its place the breaker may have opened."""
-        return self._circuit is None or self._circuit.is_closed or self._probe == envelope.key
+    async def _leave(self, item: Item, envelope: Envelope, *, at_once: bool) -> None:
+        """Put back what nothing has come of."""
+        self._release(envelope.key)
+        if at_once:
+            await self._abandon(item)
+        else:
+            self._intake.put_back([item])
+            self.flow.left_over()
+
+    def _may_run(self, envelope: Envelope, *, at_once: bool) -> bool:
+        """Say whether a message may be tried: while it waited for its place the flow may have been turned off."""
+        if at_once or self._probe == envelope.key:
+            return not self.flow.paused
+        return self.flow.is_free
 
     @asynccontextmanager
     async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:

@@ -55,6 +55,76 @@ def test_a_handler_that_blocks_for_ever_ends_the_process_and_its_stack_says_wher
         assert "in wait_for_godot" in process.log
 
 
+STUBBORN = """
+import asyncio
+
+from coordinator import App
+from events import Event
+from handlers import handles
+
+
+class OrderPlaced(Event):
+    order: str
+
+
+@handles(OrderPlaced, timeout=TIMEOUT)
+async def never_end(event: OrderPlaced) -> None:
+    print("never ends", flush=True)
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+
+
+app = App("stubborn", handlers=[never_end])
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_handler_that_swallows_every_cancellation_does_not_outlive_its_limits(
+    amqp_url: str, tmp_path: Path, stopped: bool
+) -> None:
+    """It keeps its slot for ever, or the whole process when that is asked to stop."""
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("TIMEOUT", "3600" if stopped else "0.5"))
+    (tmp_path / "order.json").write_text(json.dumps(ORDER))
+    environment = {
+        "COORDINATOR_BROKER_URL": amqp_url,
+        "COORDINATOR_DATABASE_URL": f"sqlite:///{tmp_path / 'app.db'}",
+        "COORDINATOR_GRACE": "0.1",
+        "COORDINATOR_MAX_STALL": "3",
+        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}",
+    }
+    with Process(tmp_path / "log", "run", "stubborn:app", environment=environment) as process:
+        wait_until(lambda: "is running" in process.log, "the application")
+        elsewhere = {**environment, "COORDINATOR_DATABASE_URL": f"sqlite:///{tmp_path / 'publisher.db'}"}
+        run("publish", str(tmp_path / "order.json"), environment=elsewhere)
+        wait_until(lambda: "never ends" in process.log, "the handler")
+        assert process._process is not None
+        assert (process.terminate(60) if stopped else process._process.wait(60)) == 1
+        assert "the process ends without more ado" in process.log
+
+
+def test_a_shutdown_in_time_is_left_alone() -> None:
+    script = """
+from coordinator.process import shutdown_within
+
+for asked in (True, False):
+    with shutdown_within(3600) as stopping:
+        if asked:
+            stopping()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def stalling(limit: float, *lines: str) -> subprocess.CompletedProcess[str]:
     """Run `lines` in the block of a coroutine that is watched."""
     body = "\n        ".join(lines)

@@ -7,15 +7,29 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from events.codec import Readable, bundle_body
 from events.database import transaction
 from events.errors import ConfigurationError
 from events.ids import TimeOrderedIds
 from handlers import Handler, Retry, handles
 from handlers.operations import Operations, Setting
+from handlers.retries import Waiting
 from handlers.tables import handler_setting
-from tests.support.flows import PATIENCE, ChargeCard, Charged, Stage, enveloped, link, open_stage, until
+from tests.support.flows import (
+    PATIENCE,
+    ChargeCard,
+    Charged,
+    FakeDelivery,
+    Stage,
+    enveloped,
+    link,
+    open_stage,
+    until,
+)
 
+PAUSED = {"paused": True, "retry": {}, "changed_by": "", "reason": ""}
 BY = {"by": "ada", "reason": "the bank asked"}
 
 
@@ -54,6 +68,37 @@ async def test_changes_are_merged_and_each_is_kept_with_who_and_why(stage: Stage
         ("ada", {"rate": 5.0}),
     ]
     assert {row["reason"] for row in kept} == {"", "the bank asked"}
+
+
+async def test_operators_who_change_things_at_once_lose_nothing(stage: Stage, operations: Operations) -> None:
+    now = stage.clock.now()
+    for number in range(10):
+        name = f"handler_{number}"
+        await asyncio.gather(
+            operations.change(name, now=now, **BY, paused=True),
+            operations.change(name, now=now, **BY, rate=5.0),
+            operations.change(name, now=now, **BY, retry={"attempts": 3}),
+            operations.change(name, now=now, **BY, retry={"first": 2.0}),
+        )
+    shown = [each.setting.limits for each in await operations.overview(now) if each.setting]
+    assert shown == [{"paused": True, "rate": 5.0, "attempts": 3, "first": 2.0}] * 10
+
+
+@pytest.mark.postgres
+async def test_a_reset_waits_for_a_pause_that_is_being_written(pg_url: str) -> None:
+    async with open_stage(pg_url) as stage:
+        now, operations = stage.clock.now(), Operations(stage.engine, ids=TimeOrderedIds())
+        async with transaction(stage.engine) as connection:
+            await connection.execute(handler_setting.insert().values(handler="charge_card", **PAUSED, changed_at=now))
+            resetting = asyncio.create_task(operations.reset("charge_card", now=now, **BY))
+
+            async def it_waits() -> bool:
+                async with stage.engine.connect() as other:
+                    waiting = await other.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+                    return bool(waiting.scalar_one())
+
+            await until(it_waits)
+        assert (await resetting).paused
 
 
 async def test_a_reset_leaves_what_the_code_says_and_keeps_a_pause(stage: Stage, operations: Operations) -> None:
@@ -144,6 +189,86 @@ async def test_a_row_of_no_use_written_past_us_is_named_and_the_code_holds(
         getattr(record, "action", "") == "handlers.bad_setting" and "charge_card" in record.getMessage()
         for record in caplog.records
     )
+
+
+async def test_a_pause_holds_messages_that_wait_for_their_key_and_they_run_when_it_ends(stage: Stage) -> None:
+    begun: list[str] = []
+    has_begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @handles(ChargeCard, name="charge_card", key=lambda _: "one")
+    async def charge_card(command: ChargeCard) -> Charged:
+        begun.append(command.order)
+        has_begun.set()
+        await go_on.wait()
+        return Charged(charge=command.order)
+
+    group = await stage.start(charge_card)
+    runner = group.runners["charge_card"]
+    await stage.send(*(enveloped(ChargeCard(order=str(number)), saga=link()) for number in range(5)))
+
+    async def all_wait() -> bool:
+        return len(runner._tasks) == 5
+
+    async def none_waits() -> bool:
+        return not runner._tasks
+
+    async with asyncio.timeout(PATIENCE):
+        await has_begun.wait()
+    await until(all_wait)
+    await stage.pause(group, "charge_card")
+    go_on.set()
+    await stage.replies.next()
+    await until(none_waits)
+    assert len(begun) == 1
+    await stage.pause(group, "charge_card", paused=False)
+    for _ in range(4):
+        await stage.replies.next()
+    assert sorted(begun) == ["0", "1", "2", "3", "4"]
+
+
+async def test_a_suspect_that_waits_for_its_key_is_held_by_a_pause_too(stage: Stage) -> None:
+    """It is tried past all others, but not past an operator."""
+    begun: list[str] = []
+    has_begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @handles(ChargeCard, name="charge_card", key=lambda _: "one")
+    async def charge_card(command: ChargeCard) -> Charged:
+        begun.append(command.order)
+        has_begun.set()
+        await go_on.wait()
+        return Charged(charge=command.order)
+
+    group = await stage.start(charge_card)
+    runner = group.runners["charge_card"]
+    await stage.send(enveloped(ChargeCard(order="first"), saga=link()))
+    async with asyncio.timeout(PATIENCE):
+        await has_begun.wait()
+    suspect = enveloped(ChargeCard(order="suspect"), saga=link())
+    now = stage.retries.clock.now()
+    delivery = FakeDelivery(bundle_body([suspect.encode()]))
+    [item] = runner._intake.read(delivery)
+    assert isinstance(item.part, Readable)
+    row = Waiting.of(item, item.part, id=stage.ids.new(), consumer="charge_card", now=now)
+    async with transaction(stage.engine) as connection:
+        await stage.retries.add(connection, [row])
+    [claimed] = await stage.retries.claim("charge_card", 1)
+    trying = asyncio.create_task(runner.run_at_once(claimed))
+
+    async def both_are_there() -> bool:
+        return len(runner._tasks) == 2
+
+    await until(both_are_there)
+    await stage.pause(group, "charge_card")
+    go_on.set()
+    await trying
+    assert begun == ["first"]
+    [left] = await stage.waiting()
+    assert (left.attempts, left.begun_at) == (0, None)
+    await stage.pause(group, "charge_card", paused=False)
+    stage.clock.advance(1)  # it looks for what waits
+    for _ in range(2):
+        await stage.replies.next()
+    assert begun == ["first", "suspect"]
 
 
 async def test_messages_of_one_key_run_one_at_a_time_and_others_beside_them(stage: Stage) -> None:

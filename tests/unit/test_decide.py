@@ -521,6 +521,18 @@ def test_a_late_success_wakes_a_saga_that_is_compensated_already() -> None:
     check(run)
 
 
+def test_a_late_failure_wakes_a_saga_that_is_compensated_already() -> None:
+    run = given_up_on_flight()
+    run.undone("flight")
+    run.undone("hotel")
+    assert run.instance.status is Status.COMPENSATED
+    run.done("flight", FAILED)
+    assert (run.instance.status, run.request.direction, run.request.attempt) == (Status.COMPENSATING, UNDO, 2)
+    run.undone("flight", attempt=2)
+    assert run.instance.status is Status.COMPENSATED
+    check(run)
+
+
 def test_a_late_success_is_compensated_only_once() -> None:
     run = given_up_on_flight()
     run.done("flight", outcome=TICKET)

@@ -16,7 +16,8 @@ from events.ids import TimeOrderedIds
 from events.intake import Intake, Item
 from events.message import Message
 from events.registry import Registry
-from handlers import Context, Declined, Handler, Retry, handles
+from events.service import cancel_all
+from handlers import Context, Declined, Handler, Retry, handles, timeouts
 from handlers.answers import Answers
 from handlers.execution import Execution, HandlerCancelledError, HandlerPanickedError
 from handlers.fence import Fence
@@ -25,6 +26,7 @@ from handlers.outcome import Outcome
 from handlers.retries import Retries
 from handlers.tools import Tools
 from tests.support.flows import (
+    PATIENCE,
     ChargeCard,
     Charged,
     FakeBus,
@@ -137,6 +139,68 @@ async def test_quick_tries_are_made_in_process_and_the_next_one_waits_in_the_dat
     assert outcome.handled is None
     assert (outcome.again.attempts, outcome.again.reason, outcome.again.error_type) == (3, "failed", "ValueError")
     assert outcome.again.due_at == bench.clock.now() + timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("returns", [False, True])
+async def test_a_handler_that_swallows_its_cancellation_is_cancelled_until_it_ends(
+    returns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(timeouts, "_CANCEL_AGAIN", 0.01)
+    swallowed: list[float] = []
+
+    @handles(ChargeCard, timeout=0.01, retry=Retry(attempts=1))
+    async def stubborn(_: ChargeCard) -> None:
+        while len(swallowed) < 4:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed.append(bench.execution.timeouts.overdue)
+        if not returns:
+            await asyncio.Event().wait()
+
+    bench = Bench(stubborn)
+    running = asyncio.create_task(bench.run(enveloped(ChargeCard(order="1"))))
+    done, _ = await asyncio.wait([running], timeout=PATIENCE)
+    await cancel_all([running])
+    assert done
+    assert running.cancelling() == 0
+    outcome = running.result()
+    assert swallowed == pytest.approx([0, 0.01, 0.02, 0.03]), "the first one is the timeout's"
+    assert bench.execution.timeouts.overdue == 0
+    assert outcome.result is (Result.SUCCEEDED if returns else Result.FAILED)
+    assert {getattr(record, "action", "") for record in caplog.records} >= {"handler.overdue"}
+    if not returns:
+        assert outcome.dead is not None
+        assert outcome.dead.error_type == "TimeoutError"
+
+
+async def test_a_cancel_from_outside_ends_a_handler_that_had_swallowed_the_one_of_its_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timeouts, "_CANCEL_AGAIN", 0.01)
+    swallows, swallowed = asyncio.Event(), 0
+    swallows.set()
+
+    @handles(ChargeCard, timeout=0.01, retry=Retry(attempts=1))
+    async def stubborn(_: ChargeCard) -> None:
+        nonlocal swallowed
+        while swallows.is_set():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed += 1
+        await asyncio.Event().wait()
+
+    bench = Bench(stubborn)
+    running = asyncio.create_task(bench.run(enveloped(ChargeCard(order="1"))))
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while swallowed < 3:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0)
+    finally:
+        swallows.clear()
+        await cancel_all([running])
+    assert running.cancelled()
 
 
 @pytest.mark.parametrize("attempts", [1, 2])

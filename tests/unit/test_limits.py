@@ -116,6 +116,55 @@ async def test_a_pace_lets_so_many_pass_a_second_evenly() -> None:
     assert all(0.15 < later - earlier < 0.35 for earlier, later in pairwise(passed))
 
 
+@pytest.mark.parametrize("rate", [1000.0, None])
+async def test_who_waits_for_a_slow_pace_follows_a_faster_one_at_once(rate: float | None) -> None:
+    clock = ManualClock()
+    pace = Pace(clock)
+    pace.rate = 0.01
+    await pace.keep()
+    waiting = asyncio.create_task(pace.keep())
+    await settle()
+    clock.advance(0.5)
+    await settle()
+    assert not waiting.done()
+    pace.rate = rate
+    clock.advance(0.5)
+    await settle()
+    assert waiting.done()
+
+
+async def test_who_waits_for_a_fast_pace_follows_a_slower_one() -> None:
+    clock = ManualClock()
+    pace = Pace(clock)
+    pace.rate = 1.0
+    await pace.keep()
+    waiting = asyncio.create_task(pace.keep())
+    await settle()
+    pace.rate = 0.1
+    for _ in range(19):
+        clock.advance(0.5)
+        await settle()
+    assert not waiting.done()
+    clock.advance(0.5)
+    await settle()
+    assert waiting.done()
+
+
+async def test_several_who_wait_pass_one_after_the_other() -> None:
+    clock = ManualClock()
+    pace = Pace(clock)
+    pace.rate = 1.0
+    waiting = [asyncio.create_task(pace.keep()) for _ in range(4)]
+    passed = []
+    for _ in range(4):
+        await settle()
+        passed.append(sum(each.done() for each in waiting))
+        clock.advance(0.5)
+        await settle()
+        clock.advance(0.5)
+    assert passed == [1, 2, 3, 4]
+
+
 async def test_without_a_rate_nobody_waits() -> None:
     clock = ManualClock()
     for _ in range(1000):
