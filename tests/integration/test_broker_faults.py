@@ -378,6 +378,31 @@ async def test_f23_a_consumer_that_was_cancelled_on_purpose_is_left_alone(amqp_u
         await delivery.ack()
 
 
+async def test_f23_a_consumer_that_is_cancelled_while_the_connection_is_lost_does_not_come_back(amqp_url: str) -> None:
+    """It would give back whatever it is delivered, until RabbitMQ gives that up."""
+    proxy = Proxy(URL(amqp_url))
+    async with proxy.running() as url, opened(amqp_url) as publisher, opened(url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        consumer = await bus.consume(PAYMENTS.name, received, prefetch=5)
+        await publisher.publish([Outgoing(CHARGE, b"[1]")])
+        held = await received.next()
+        proxy.cut()
+        await until(lambda: bus.problem is not None)
+        await consumer.cancel()  # the handler is paused, or its breaker has opened
+        await until(lambda: bus.problem is None)
+        await publisher.publish([Outgoing(CHARGE, b"[2]")])
+        again = Received()
+        await bus.consume(PAYMENTS.name, again, prefetch=5)  # on a later channel than one that was restored
+        deliveries = {delivery.body: delivery for delivery in [await again.next(), await again.next()]}
+        assert deliveries.keys() == {b"[1]", b"[2]"}
+        async with wire(amqp_url) as channel:
+            queue = await channel.declare_queue("saga.payments", passive=True)
+            assert queue.declaration_result.consumer_count == 1
+        await held.ack()  # does nothing
+        assert "x-delivery-count" not in deliveries[b"[2]"].headers
+
+
 # Channels that RabbitMQ closes (F24)
 
 
