@@ -8,14 +8,15 @@ from typing import Any
 from pydantic_core import from_json, to_json
 from sqlalchemy import make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from events.errors import ConfigurationError
 from events.sqlite import READ_ONLY, create_sqlite_engine
 
-_RETRYABLE_STATES = {"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "53300", "53200", "08006", "08003"}
+_REFUSED = {"40001", "40P01", "55P03", "57014"}  # conflicts, deadlocks, timeouts, cancelled by an administrator
+_GOING_OR_COMING = {"57P01", "57P02", "57P03"}  # shut down, crashed, not up yet
 
 
 def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False) -> AsyncEngine:
@@ -82,16 +83,21 @@ def _to_text(value: Any) -> str:
 def is_transient(error: BaseException) -> bool:
     """Say whether the whole transaction may be tried again: lost connections, deadlocks, timeouts, full pools."""
     if isinstance(error, DBAPIError):
-        if error.connection_invalidated or isinstance(error, InterfaceError):
+        if error.connection_invalidated:
             return True
         state = getattr(error.orig, "sqlstate", None)
         if state is None and isinstance(error.orig, sqlite3.OperationalError):
             # A missing table is the same class of error as a file that is locked or full.
             return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
         if state is not None:
-            return state in _RETRYABLE_STATES or state.startswith(("53", "08"))
+            return state in _REFUSED or state in _GOING_OR_COMING or state.startswith(("53", "08"))
         return isinstance(error, OperationalError)
     return isinstance(error, OSError | TimeoutError | PoolTimeoutError)
+
+
+def is_refused(error: BaseException) -> bool:
+    """Say whether the database is there, and has ended this very transaction: a deadlock, a conflict, a timeout."""
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _REFUSED
 
 
 @asynccontextmanager

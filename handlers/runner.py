@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from events.codec import Readable
-from events.database import is_transient, transaction
+from events.database import is_refused, is_transient, transaction
 from events.envelope import Envelope, Result
 from events.errors import CoordinatorError, RejectedError
 from events.failpoints import failpoint
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 256
 _DATABASE_PAUSE = 0.5
+_LOST_IN_A_ROW = 4  # so often a try is made anew whose connection was lost
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class _LostRaceError(Exception):
 
 
 class _HandlersOwnError(Exception):
-    """Not the database's: a third party that is away or slow burns an attempt, as any other failure."""
+    """Not the database's: a third party that is away, or a lock that somebody holds, burns an attempt like others."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -336,14 +337,25 @@ class HandlerRunner:
         return outcome
 
     async def _once_in_transaction(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
-        again = False
+        begun = 0
+
+        def begin() -> None:
+            nonlocal begun
+            begun += 1
 
         async def work() -> Outcome:
-            nonlocal again
-            if again and (await self._inbox.find([envelope.key])).recorded:  # only the answer to the commit was lost
+            if begun and (await self._inbox.find([envelope.key])).recorded:  # only the answer to the commit was lost
                 return Outcome(item, envelope, Result.SUCCEEDED, progress=Progress.LOST)
-            again = True
-            return await self._transact(item, envelope, message, context)
+            before = begun
+            try:
+                return await self._transact(item, envelope, message, context, begin)
+            except _HandlersOwnError:
+                raise
+            except Exception as error:
+                # Where each try loses its connection, though the database answers in between, the handler does it.
+                if begun > before and (is_refused(error) or begun > _LOST_IN_A_ROW):
+                    raise _HandlersOwnError(error) from error
+                raise
 
         try:
             return await self._until_database_answers(work)
@@ -351,10 +363,13 @@ class HandlerRunner:
             error = own.error
         raise error
 
-    async def _transact(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
+    async def _transact(
+        self, item: Item, envelope: Envelope, message: Message, context: Context, begin: Callable[[], None]
+    ) -> Outcome:
         context.published.clear()
         try:
             async with transaction(self._tools.engine) as connection:
+                begin()
                 async with AsyncSession(bind=connection, expire_on_commit=False) as session:
                     outcome = await self._call(item, envelope, message, context, session)
                     await session.flush()
