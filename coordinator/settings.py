@@ -36,7 +36,12 @@ class Settings(BaseSettings):
         ge=0,
         description="seconds that the event loop may stand still before the process exits; 0 for ever",
     )
-    pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
+    pool_size: int = Field(
+        default=16,
+        ge=5,
+        le=100,
+        description="connections to PostgreSQL of one process; handlers with a session hold all but 4 at most",
+    )
     health: str = Field(
         default="",
         pattern=r"^([^\s:]*|\[[0-9a-fA-F:]+\]):\d{1,5}$|^$",

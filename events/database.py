@@ -11,11 +11,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 
 from events.errors import ConfigurationError
 from events.sqlite import READ_ONLY, create_sqlite_engine
 
 _REFUSED = {"40001", "40P01", "55P03", "57014"}  # conflicts, deadlocks, timeouts, cancelled by an administrator
+_KEPT_FREE = 4
 _GOING_OR_COMING = {"57P01", "57P02", "57P03"}  # shut down, crashed, not up yet
 
 
@@ -52,6 +54,12 @@ def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False
             )
         case other:
             raise ConfigurationError(f"the database must be PostgreSQL or SQLite, not {other}")
+
+
+def room_for_long(engine: AsyncEngine) -> int:
+    """Return how many transactions may be long: who only has a statement to run must not wait for their ends."""
+    pool = engine.pool
+    return max(1, pool.size() - _KEPT_FREE) if isinstance(pool, QueuePool) else 1
 
 
 def single_statements(engine: AsyncEngine) -> AsyncEngine:

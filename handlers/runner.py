@@ -368,7 +368,7 @@ class HandlerRunner:
     ) -> Outcome:
         context.published.clear()
         try:
-            async with transaction(self._tools.engine) as connection:
+            async with self._tools.sessions.one(), transaction(self._tools.engine) as connection:
                 begin()
                 async with AsyncSession(bind=connection, expire_on_commit=False) as session:
                     outcome = await self._call(item, envelope, message, context, session)
