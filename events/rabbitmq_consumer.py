@@ -105,6 +105,7 @@ class RabbitMQConsumer:
         self._source: AbstractRobustQueue | None = None
         self._tag = ""
         self._unsettled = 0
+        self._was_given_some = False
         self._cancelled = False
 
     async def start(self) -> None:
@@ -135,6 +136,11 @@ class RabbitMQConsumer:
         except ChannelInvalidStateError:  # closed since
             return True
         return self._tag not in wire.consumers
+
+    def was_passed_over(self) -> bool:
+        """Whether nothing was delivered to it since the last call, though it has room for more."""
+        idle, self._was_given_some = not self._was_given_some, False
+        return idle and self._unsettled < self._prefetch
 
     async def cancel(self) -> None:
         """See `Consumer.cancel`. The channel stays open until the last delivery is settled.
@@ -192,6 +198,7 @@ class RabbitMQConsumer:
         except ChannelInvalidStateError:
             return  # it closed since, and the message is back in its queue
         self._unsettled += 1
+        self._was_given_some = True
         delivery = RabbitMQDelivery(message, channel, self)
         if self._cancelled:
             await delivery.requeue()
