@@ -156,7 +156,7 @@ class HandlerRunner:
 
     async def _give_back(self, rows: Sequence[Waiting]) -> None:
         for row in rows:
-            self.parked.pop(row.id, None)
+            self._unpark(row)
         try:
             await self._tools.retries.give_back(rows)
         except Exception as error:  # noqa: BLE001  # it must not keep the process from ending: their lease ends, too
@@ -412,9 +412,28 @@ class HandlerRunner:
     def _settled(self, item: Item) -> None:
         """What came of `item` is committed; if it was a row, there is room for another."""
         if (row := row_of(item)) is not None:
-            self.parked.pop(row.id, None)
+            self._unpark(row)
             if len(self.parked) <= self.slots.limit:
                 self._tools.look_again()
+
+    def _unpark(self, row: Waiting) -> None:
+        """Hold `row` no longer; it may have been taken anew when its lease had passed, and is held for that then."""
+        if self.parked.get(row.id) is row:
+            del self.parked[row.id]
+
+    async def _lose(self, outcomes: Sequence[Outcome]) -> None:
+        """Look again at messages that somebody else has recorded, and leave rows to who has taken them since."""
+        self._intake.put_back([outcome.item for outcome in outcomes if outcome.again is None])
+        for outcome in outcomes:
+            if (row := outcome.again) is not None:
+                logger.warning(
+                    "%s has lost its lease on %s, which is tried elsewhere",
+                    self.handler.name,
+                    row.message_id,
+                    extra={"action": "handler.lease_lost", "handler": self.handler.name, "message_id": row.message_id},
+                )
+                self._unpark(row)
+                await outcome.item.delivery.requeue()
 
     async def _commit_loop(self) -> None:
         while True:
@@ -451,8 +470,8 @@ class HandlerRunner:
                 self._release(outcome.envelope.key)
         if any(outcome.again is not None for outcome in kept):
             self._tools.look_again()
-        lost = {id(outcome) for outcome in outcomes} - {id(outcome) for outcome in kept}
-        self._intake.put_back([outcome.item for outcome in outcomes if id(outcome) in lost])
+        known = {id(outcome) for outcome in kept}
+        await self._lose([outcome for outcome in outcomes if id(outcome) not in known])
         await failpoint("handler.after_ack")
 
     def _spoil(self, outcome: Outcome, error: Exception) -> None:
