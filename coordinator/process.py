@@ -21,7 +21,7 @@ from pythonjsonlogger.json import JsonFormatter
 from events.clock import Clock
 from events.database import is_transient
 from events.errors import BusClosedError, ConfigurationError
-from events.service import cancel_all
+from events.service import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -153,11 +153,12 @@ async def exits_when_stalled(limit: float, clock: Clock) -> AsyncIterator[None]:
             faulthandler.dump_traceback_later(limit, exit=True, file=error_output)
             await clock.sleep(min(_REARM_EVERY, limit / 4))
 
-    task = asyncio.create_task(rearm(), name="process.stall")
+    supervisor = Supervisor(clock)  # without one, an error in `rearm` would end a process that lives
+    supervisor.start("process.stall", rearm)
     try:
         yield
     finally:
-        await cancel_all([task])
+        await supervisor.stop()
         faulthandler.cancel_dump_traceback_later()
 
 
