@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Restart = Callable[[], Awaitable[None]]
 _HEARTBEAT = "10"
+_FORGET_STALL_AFTER = 60.0  # seconds without a publish; until then a process that publishes has asked again
 _LOOK_EVERY = 0.2  # seconds; only short looks at flags of this process
 _PORTS = {"amqp": 5672, "amqps": 5671}
 
@@ -102,6 +103,7 @@ class RabbitMQBus:
         self._queues: dict[str, Queue] = {}
         self._consumers: list[RabbitMQConsumer] = []
         self._stalled = False
+        self._stalled_at = 0.0
         self._failures: dict[str, str] = {}  # what the watchdog could not mend, by its name
 
     # Bus
@@ -233,7 +235,7 @@ class RabbitMQBus:
             return self._obstacle
         if not _is_up(self._consuming):
             return f"the connection to RabbitMQ at {self._place} is lost"
-        if self._stalled:
+        if self._stalled and self._clock.monotonic() - self._stalled_at < _FORGET_STALL_AFTER:
             return "RabbitMQ does not confirm what is published"
         return next(iter(self._failures.values()), None)
 
@@ -336,7 +338,7 @@ class RabbitMQBus:
             self._stalled = False
             return PublishError("RabbitMQ did not take the message: a queue is full or not available")
         except TimeoutError:
-            self._stalled = True
+            self._stalled, self._stalled_at = True, self._clock.monotonic()
             return self._no_answer()
         except Exception as error:  # noqa: BLE001  # one message must not spoil the others of its call
             return PublishError(f"the message was not confirmed: {type(error).__name__}: {error}")
