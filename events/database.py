@@ -1,12 +1,13 @@
 """One way to open PostgreSQL and SQLite, to run a transaction, and to tell errors that pass from those that do not."""
 
+import socket
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from pydantic_core import from_json, to_json
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -18,6 +19,8 @@ from events.sqlite import READ_ONLY, create_sqlite_engine
 
 _REFUSED = {"40001", "40P01", "55P03", "57014"}  # conflicts, deadlocks, timeouts, cancelled by an administrator
 _KEPT_FREE = 4
+# Probe after 15 s of silence, thrice, and wait for 30 s at most for what was sent to be received: asyncpg does neither.
+_TCP = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 _GOING_OR_COMING = {"57P01", "57P02", "57P03"}  # shut down, crashed, not up yet
 
 
@@ -36,7 +39,7 @@ def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False
         raise ConfigurationError("the database URL cannot be read; write postgresql://... or sqlite:///file") from error
     match parsed.get_backend_name():
         case "postgresql":
-            return create_async_engine(
+            engine = create_async_engine(
                 parsed.set(drivername="postgresql+asyncpg"),
                 pool_size=pool_size,
                 max_overflow=0,
@@ -45,6 +48,8 @@ def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False
                 json_deserializer=from_json,
                 connect_args={"server_settings": {"application_name": "saga-coordinator", "jit": "off"}, "timeout": 10},
             )
+            event.listen(engine.sync_engine, "connect", _notice_dead_peers)
+            return engine
         case "sqlite":
             return create_sqlite_engine(
                 parsed.set(drivername="sqlite+aiosqlite"),
@@ -54,6 +59,17 @@ def open_database(url: str | URL, *, pool_size: int = 5, read_only: bool = False
             )
         case other:
             raise ConfigurationError(f"the database must be PostgreSQL or SQLite, not {other}")
+
+
+def _notice_dead_peers(connection: Any, _record: Any) -> None:
+    """Let a connection whose other end has vanished without a word fail, with whatever waits for its answer."""
+    found: socket.socket = connection.driver_connection._transport.get_extra_info("socket")  # noqa: SLF001
+    if found.family == socket.AF_UNIX:
+        return
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP.items():
+        if hasattr(socket, name):  # not everywhere
+            found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def room_for_long(engine: AsyncEngine) -> int:
