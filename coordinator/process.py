@@ -22,7 +22,7 @@ from pythonjsonlogger.json import JsonFormatter
 from events.clock import Clock
 from events.database import is_transient
 from events.errors import BusClosedError, ConfigurationError
-from events.service import cancel_all
+from events.service import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +155,12 @@ async def exits_when_stalled(limit: float, clock: Clock) -> AsyncIterator[None]:
             faulthandler.dump_traceback_later(limit, exit=True, file=error_output)
             await clock.sleep(min(_REARM_EVERY, limit / 4))
 
-    task = asyncio.create_task(rearm(), name="process.stall")
+    supervisor = Supervisor(clock)  # without one, an error in `rearm` would end a process that lives
+    supervisor.start("process.stall", rearm)
     try:
         yield
     finally:
-        await cancel_all([task])
+        await supervisor.stop()
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -179,11 +180,12 @@ async def exits_when_overdue(limit: float, clock: Clock, overdue: Callable[[], f
             await clock.sleep(_REARM_EVERY)
         _leave(f"a handler has not ended {seconds:.0f} s after it was cancelled")
 
-    task = asyncio.create_task(watch(), name="process.overdue")
+    supervisor = Supervisor(clock)
+    supervisor.start("process.overdue", watch)
     try:
         yield
     finally:
-        await cancel_all([task])
+        await supervisor.stop()
 
 
 @contextmanager

@@ -37,7 +37,12 @@ class Settings(BaseSettings):
         description="seconds that the event loop may stand still, or a handler that was cancelled go on, before the"
         " process exits; 0 for ever",
     )
-    pool_size: int = Field(default=10, ge=2, le=100, description="connections to PostgreSQL of one process")
+    pool_size: int = Field(
+        default=16,
+        ge=5,
+        le=100,
+        description="connections to PostgreSQL of one process; handlers with a session hold all but 4 at most",
+    )
     health: str = Field(
         default="",
         pattern=r"^([^\s:]*|\[[0-9a-fA-F:]+\]):\d{1,5}$|^$",

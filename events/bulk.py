@@ -206,7 +206,8 @@ class Bulk:
         bound = [(*row[:at], *row[at + 1 :], row[at]) for row in _bound(self._columns, rows, connection.dialect)]
         if expected:
             sql += f" AND {expected[0]} = ?"
-            bound = [(*values, value) for values, value in zip(bound, expected[1], strict=True)]
+            compared = _bound((self._table.c[expected[0]],), [(value,) for value in expected[1]], connection.dialect)
+            bound = [(*values, *value) for values, value in zip(bound, compared, strict=True)]
         changed = await execute_many(connection, sql, bound)
         if expected and changed != len(rows):
             raise StaleRowError
@@ -220,7 +221,7 @@ class Bulk:
         names, where, compared = [*self._names], "", None
         if expected:
             compared = self._table.c[expected[0]]
-            parameters.append(list(expected[1]))
+            parameters += _bound_columns((compared,), [(value,) for value in expected[1]], dialect)
             names.append("expected")
             where = f" AND {table}.{compared.name} = given.expected"
 

@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Restart = Callable[[], Awaitable[None]]
 _HEARTBEAT = "10"
+_FORGET_STALL_AFTER = 60.0  # seconds without a publish; until then a process that publishes has asked again
 _LOOK_EVERY = 0.2  # seconds; only short looks at flags of this process
 _PORTS = {"amqp": 5672, "amqps": 5671}
 
@@ -102,6 +103,8 @@ class RabbitMQBus:
         self._queues: dict[str, Queue] = {}
         self._consumers: list[RabbitMQConsumer] = []
         self._stalled = False
+        self._stalled_at = 0.0
+        self._failures: dict[str, str] = {}  # what the watchdog could not mend, by its name
 
     # Bus
 
@@ -143,6 +146,7 @@ class RabbitMQBus:
         self._publisher = None
         self._exchanges = {}
         self._queues = {}
+        self._failures.clear()
         # A channel closes in order behind the acknowledgements sent before; a connection would overtake them.
         for consumer in consumers:
             await consumer.close()
@@ -231,7 +235,9 @@ class RabbitMQBus:
             return self._obstacle
         if not _is_up(self._consuming):
             return f"the connection to RabbitMQ at {self._place} is lost"
-        return "RabbitMQ does not confirm what is published" if self._stalled else None
+        if self._stalled and self._clock.monotonic() - self._stalled_at < _FORGET_STALL_AFTER:
+            return "RabbitMQ does not confirm what is published"
+        return next(iter(self._failures.values()), None)
 
     # Connecting
 
@@ -332,7 +338,7 @@ class RabbitMQBus:
             self._stalled = False
             return PublishError("RabbitMQ did not take the message: a queue is full or not available")
         except TimeoutError:
-            self._stalled = True
+            self._stalled, self._stalled_at = True, self._clock.monotonic()
             return self._no_answer()
         except Exception as error:  # noqa: BLE001  # one message must not spoil the others of its call
             return PublishError(f"the message was not confirmed: {type(error).__name__}: {error}")
@@ -387,9 +393,10 @@ class RabbitMQBus:
             await self._clock.sleep(self._options.watch_every)
             if not (_is_up(self._publishing) and _is_up(self._consuming)):
                 suspects = unserved = {}
+                self._failures.clear()
                 continue
             suspects = await self._restart_known(await self._broken(), suspects)
-            if self._clock.monotonic() - reconciled >= self._options.reconcile_every:
+            if self._failures or self._clock.monotonic() - reconciled >= self._options.reconcile_every:
                 unserved = await self._restart_known(await self._reconcile(), unserved)
                 reconciled = self._clock.monotonic()
 
@@ -408,41 +415,48 @@ class RabbitMQBus:
     async def _reconcile(self) -> Mapping[_Restart, str]:
         """Look at the other side: make what was declared exist, and return the consumers that RabbitMQ lacks.
 
-        Consumers of other processes count as well; where there are any, the queue is served.
+        It does not name the consumers that it has. One of ours is missing where there are none, and where messages wait
+        but none comes to it: those of other processes may be too slow to hide that.
         """
         unserved: dict[_Restart, str] = {}
         for queue in tuple(self._queues.values()):
             try:
                 with library_errors(f"look at queue {queue.name}"):
                     async with asyncio.timeout(self._options.connect_timeout):
-                        consumers = await self._declare_again(queue)
+                        consumers, waiting = await self._declare_again(queue)
             except CoordinatorError as error:
-                _log.error("%s", error, extra={"action": "bus.reconcile_failed", "queue": queue.name})
+                if self._failures.get(queue.name) != str(error):
+                    _log.error("%s", error, extra={"action": "bus.reconcile_failed", "queue": queue.name})
+                self._failures[queue.name] = str(error)
                 continue
-            if consumers == 0:
-                unserved |= {
-                    consumer.start: f"the consumer of {queue.name}"
-                    for consumer in self._consumers
-                    if consumer.queue.name == queue.name and not consumer.is_cancelled
-                }
+            self._failures.pop(queue.name, None)
+            for consumer in self._consumers:
+                if consumer.queue.name != queue.name or consumer.is_cancelled:
+                    continue
+                passed_over = consumer.was_passed_over()
+                if consumers == 0 or (waiting and passed_over):
+                    unserved[consumer.start] = f"the consumer of {queue.name}"
         return unserved
 
-    async def _declare_again(self, queue: Queue) -> int:
-        """Declare `queue` and return how many consumers it has."""
+    async def _declare_again(self, queue: Queue) -> tuple[int, int]:
+        """Declare `queue` and return how many consumers it has, and how many messages wait for one."""
         channel = await self._open_channel()  # of its own: a refusal costs it
         try:
             declared = await self._topology.declare_queue(channel, queue)
         finally:
             await close_quietly(channel.close(), within=self._options.connect_timeout)
-        return declared.declaration_result.consumer_count or 0
+        result = declared.declaration_result
+        return result.consumer_count or 0, result.message_count or 0
 
     async def _restart_known(
         self, broken: Mapping[_Restart, str], before: Mapping[_Restart, str]
     ) -> Mapping[_Restart, str]:
         """Start again what is `broken` and was so `before`; return the former."""
-        for restart, name in broken.items():
-            if restart in before:
+        for restart, name in before.items():
+            if restart in broken:
                 await self._restart(restart, name)
+            else:
+                self._failures.pop(name, None)
         return broken
 
     async def _restart(self, restart: _Restart, name: str) -> None:
@@ -453,6 +467,9 @@ class RabbitMQBus:
                     await restart()
         except CoordinatorError as error:
             _log.error("%s", error, extra={"action": "bus.restart_failed", "part": name})
+            self._failures[name] = str(error)
+        else:
+            self._failures.pop(name, None)
 
 
 def _parse(text: str) -> URL:

@@ -80,7 +80,7 @@ class RabbitMQConsumer:
         deliver: see `Bus.consume`.
         prefetch: see `Bus.consume`.
         open_channel: opens a channel on the connection to consume on.
-        forget: called once, when the consumer is cancelled and all its deliveries are settled.
+        forget: called when the consumer is cancelled and its channel of no more use.
     """
 
     def __init__(
@@ -105,10 +105,13 @@ class RabbitMQConsumer:
         self._source: AbstractRobustQueue | None = None
         self._tag = ""
         self._unsettled = 0
+        self._was_given_some = False
         self._cancelled = False
 
     async def start(self) -> None:
-        """Open a channel and consume. Starting again replaces the channel."""
+        """Open a channel and consume. Starting again replaces the channel; after `cancel` it does nothing."""
+        if self._cancelled:
+            return
         await self._close_channel()
         self._channel = await self._open_channel()
         await self._channel.set_qos(self._prefetch)
@@ -134,18 +137,39 @@ class RabbitMQConsumer:
             return True
         return self._tag not in wire.consumers
 
+    def was_passed_over(self) -> bool:
+        """Whether nothing was delivered to it since the last call, though it has room for more."""
+        idle, self._was_given_some = not self._was_given_some, False
+        return idle and self._unsettled < self._prefetch
+
     async def cancel(self) -> None:
-        """See `Consumer.cancel`. The channel stays open until the last delivery is settled."""
+        """See `Consumer.cancel`. The channel stays open until the last delivery is settled.
+
+        Without RabbitMQ's answer it is closed for good: aio-pika would consume again when it restores the channel, and
+        what was delivered on it cannot be settled any more.
+        """
         if self._cancelled:
             return
         self._cancelled = True
+        if await self._is_told_to_stop():
+            await self._close_if_settled()
+        else:
+            self._forget(self)
+            await self._close_channel()
+
+    async def _is_told_to_stop(self) -> bool:
+        """Ask RabbitMQ to deliver no more; say whether it has answered."""
+        if self._source is None or self._channel is None or self._channel.is_closed:
+            return False
         try:
             with library_errors(f"cancel the consumer of {self.queue.name}"):
-                if self._source is not None and self._channel is not None and not self._channel.is_closed:
-                    await self._source.cancel(self._tag, timeout=self.timeout)
+                async with asyncio.timeout(self.timeout):
+                    await self._channel.ready()  # while it is being restored, the consumer would come after the cancel
+                    await self._source.cancel(self._tag)
         except BusClosedError as error:
             _log.debug("%s", error, extra={"action": "bus.cancel_failed"})
-        await self._close_if_settled()
+            return False
+        return True
 
     async def close(self) -> None:
         """Close the channel; what is unsettled goes back to the queue."""
@@ -174,6 +198,7 @@ class RabbitMQConsumer:
         except ChannelInvalidStateError:
             return  # it closed since, and the message is back in its queue
         self._unsettled += 1
+        self._was_given_some = True
         delivery = RabbitMQDelivery(message, channel, self)
         if self._cancelled:
             await delivery.requeue()

@@ -47,6 +47,15 @@ class Slots:
                 raise
         self._taken += 1
 
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Run the block with a slot."""
+        await self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
     def release(self) -> None:
         """Give a slot back."""
         self._taken -= 1

@@ -13,6 +13,7 @@ from events.codec import Limits
 from events.database import single_statements, transaction
 from events.dead_letters import bury
 from events.envelope import Envelope
+from events.errors import StaleRowError
 from events.failpoints import failpoint
 from events.ids import Ids
 from events.intake import completed_by
@@ -62,8 +63,8 @@ class Recorder:
         if self._engine.dialect.name == "postgresql" and not doubtful:
             try:
                 return outcomes, await self._commit_in_one_statement(outcomes)
-            except IntegrityError:
-                pass  # somebody has recorded one of them since it was looked up: find out which
+            except (IntegrityError, StaleRowError):
+                pass  # somebody has recorded one of them since it was looked up, or tries it: find out which
         async with transaction(self._engine) as connection:
             result = await self.store(connection, outcomes, has_run=True)
             await failpoint("handler.before_commit")
@@ -81,7 +82,7 @@ class Recorder:
     async def store(
         self, connection: AsyncConnection, outcomes: Sequence[Outcome], *, has_run: bool
     ) -> tuple[list[Outcome], AfterCommit]:
-        """Record `outcomes` in the open transaction. Returns those that nobody had recorded before.
+        """Record `outcomes` in the open transaction. Returns those that nobody had recorded before, or tries now.
 
         `has_run` says that what the handler did stays done even if the transaction is rolled back. Then a command
         that was barred while it ran is recorded all the same: its reply comes late, and it is undone once more.
@@ -97,6 +98,10 @@ class Recorder:
             fresh |= await self._inbox.take_over(connection, late, MARKS)
         await self._doubt(connection, [outcome.doubts for outcome in judged if outcome.doubts is not None], now)
         kept = [outcome for outcome in judged if outcome.handled is None or outcome.handled.key in fresh]
+        if postponed := [row for outcome in kept if outcome.again and (row := row_of(outcome.item))]:
+            held = {row.id for row in await self._retries.still_held(connection, postponed)}
+            passed_on = {row.id for row in postponed} - held
+            kept = [outcome for outcome in kept if outcome.again is None or outcome.again.id not in passed_on]
         return kept, await self._store_consequences(connection, kept, now)
 
     async def call_off(self, command: UUID) -> None:

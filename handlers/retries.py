@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy import TextualSelect, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from events.bulk import Bulk, delete_by_id
+from events.bulk import Bulk, Lookup, delete_by_id
 from events.clock import Clock
 from events.codec import Readable
 from events.database import reader, transaction
@@ -77,6 +77,7 @@ _CLAIMS = {
 }
 _COUNT_DUE = text(_DUE.format(any=_ANY)).bindparams(bindparam("now", type_=Timestamp))
 _RENEW = Bulk(retry, "id", "due_at")
+_HELD = Lookup(retry, "id", "begun_at", key="id", lock=True)
 _FAR_FUTURE = timedelta(days=36500)
 
 
@@ -96,6 +97,7 @@ class Waiting:
         begun_at: when the try began whose end is not recorded.
         reason, error_type, detail: why the last try failed.
         dead_letter_id: the dead letter that this replays.
+        held_since: the begin of the try for which it was taken; once another one has begun it is no longer ours.
     """
 
     id: UUID
@@ -118,6 +120,7 @@ class Waiting:
     error_type: str | None = None
     detail: str | None = None
     dead_letter_id: UUID | None = None
+    held_since: datetime | None = None
 
     @classmethod
     def of(cls, item: Item, part: Readable, *, id: UUID, consumer: str, now: datetime) -> "Waiting":
@@ -223,7 +226,11 @@ class Retries:
         await _insert.insert(connection, [row.row() for row in ordered], unless=("message_key", "consumer"))
 
     async def postpone(self, connection: AsyncConnection, rows: Sequence[Waiting]) -> None:
-        """Record that a try of `rows` has ended, and when the next is due."""
+        """Record that a try of `rows` has ended, and when the next is due.
+
+        Raises:
+            StaleRowError: the lease of one has passed on, and whoever took it has begun a try. Roll back.
+        """
         ordered = sorted(rows, key=lambda row: row.id.int)
         values = [
             (
@@ -238,7 +245,13 @@ class Retries:
             )
             for row in ordered
         ]
-        await _postpone.update(connection, values, key="id")
+        held = [row.held_since for row in ordered]
+        await _postpone.update(connection, values, key="id", expected=("begun_at", held))
+
+    async def still_held(self, connection: AsyncConnection, rows: Sequence[Waiting]) -> list[Waiting]:
+        """Lock `rows`, and return those whose lease has not passed on since they were taken."""
+        begun: dict[UUID, datetime | None] = dict(await _HELD.find(connection, [row.id for row in rows]))
+        return [row for row in rows if row.held_since is not None and begun.get(row.id) == row.held_since]
 
     async def remove(self, connection: AsyncConnection, rows: Iterable[Waiting]) -> None:
         """Delete `rows`: their messages are handled, or given up on."""
@@ -285,9 +298,9 @@ class Retries:
     async def renew(self, rows: Sequence[Waiting]) -> None:
         """Hold `rows` for another lease."""
         until = self.clock.now() + timedelta(seconds=LEASE)
-        ordered = sorted((row.id for row in rows), key=lambda each: each.int)
         async with transaction(self._engine) as connection:
-            await _RENEW.update(connection, [(each, until) for each in ordered], key="id")
+            held = sorted((row.id for row in await self.still_held(connection, rows)), key=lambda each: each.int)
+            await _RENEW.update(connection, [(each, until) for each in held], key="id")
 
     async def give_back(self, rows: Sequence[Waiting]) -> None:
         """Give up the lease of `rows`, whose tries have not begun after all."""
@@ -297,7 +310,7 @@ class Retries:
         for row in rows:
             row.attempts, row.begun_at, row.due_at = row.attempts - 1, None, now
         async with transaction(self._engine) as connection:
-            await self.postpone(connection, rows)
+            await self.postpone(connection, await self.still_held(connection, rows))
 
     async def free(self, consumers: Sequence[str]) -> None:
         """End all leases of `consumers`: nobody else works on this database, so their holders are dead."""
@@ -309,4 +322,4 @@ class Retries:
 def _waiting(row: Any) -> Waiting:
     fields = dict(row._mapping)  # noqa: SLF001  # SQLAlchemy's public name for it
     fields["key"] = fields.pop("message_key")
-    return Waiting(**fields)
+    return Waiting(**fields, held_since=fields["begun_at"])

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from events.codec import Readable
-from events.database import is_transient, transaction
+from events.database import is_refused, is_transient, transaction
 from events.envelope import Envelope, Result
 from events.errors import CoordinatorError, RejectedError
 from events.failpoints import failpoint
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 256
 _DATABASE_PAUSE = 0.5
+_LOST_IN_A_ROW = 4  # so often a try is made anew whose connection was lost
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class _LostRaceError(Exception):
 
 
 class _HandlersOwnError(Exception):
-    """Not the database's: a third party that is away or slow burns an attempt, as any other failure."""
+    """Not the database's: a third party that is away, or a lock that somebody holds, burns an attempt like others."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class HandlerRunner:
 
     async def _give_back(self, rows: Sequence[Waiting]) -> None:
         for row in rows:
-            self.parked.pop(row.id, None)
+            self._unpark(row)
         try:
             await self._tools.retries.give_back(rows)
         except Exception as error:  # noqa: BLE001  # it must not keep the process from ending: their lease ends, too
@@ -345,14 +346,25 @@ class HandlerRunner:
         return outcome
 
     async def _once_in_transaction(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
-        again = False
+        begun = 0
+
+        def begin() -> None:
+            nonlocal begun
+            begun += 1
 
         async def work() -> Outcome:
-            nonlocal again
-            if again and (await self._inbox.find([envelope.key])).recorded:  # only the answer to the commit was lost
+            if begun and (await self._inbox.find([envelope.key])).recorded:  # only the answer to the commit was lost
                 return Outcome(item, envelope, Result.SUCCEEDED, progress=Progress.LOST)
-            again = True
-            return await self._transact(item, envelope, message, context)
+            before = begun
+            try:
+                return await self._transact(item, envelope, message, context, begin)
+            except _HandlersOwnError:
+                raise
+            except Exception as error:
+                # Where each try loses its connection, though the database answers in between, the handler does it.
+                if begun > before and (is_refused(error) or begun > _LOST_IN_A_ROW):
+                    raise _HandlersOwnError(error) from error
+                raise
 
         try:
             return await self._until_database_answers(work)
@@ -360,10 +372,13 @@ class HandlerRunner:
             error = own.error
         raise error
 
-    async def _transact(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
+    async def _transact(
+        self, item: Item, envelope: Envelope, message: Message, context: Context, begin: Callable[[], None]
+    ) -> Outcome:
         context.published.clear()
         try:
-            async with transaction(self._tools.engine) as connection:
+            async with self._tools.sessions.one(), transaction(self._tools.engine) as connection:
+                begin()
                 async with AsyncSession(bind=connection, expire_on_commit=False) as session:
                     outcome = await self._call(item, envelope, message, context, session)
                     await session.flush()
@@ -406,9 +421,28 @@ class HandlerRunner:
     def _settled(self, item: Item) -> None:
         """What came of `item` is committed; if it was a row, there is room for another."""
         if (row := row_of(item)) is not None:
-            self.parked.pop(row.id, None)
+            self._unpark(row)
             if len(self.parked) <= self.slots.limit:
                 self._tools.look_again()
+
+    def _unpark(self, row: Waiting) -> None:
+        """Hold `row` no longer; it may have been taken anew when its lease had passed, and is held for that then."""
+        if self.parked.get(row.id) is row:
+            del self.parked[row.id]
+
+    async def _lose(self, outcomes: Sequence[Outcome]) -> None:
+        """Look again at messages that somebody else has recorded, and leave rows to who has taken them since."""
+        self._intake.put_back([outcome.item for outcome in outcomes if outcome.again is None])
+        for outcome in outcomes:
+            if (row := outcome.again) is not None:
+                logger.warning(
+                    "%s has lost its lease on %s, which is tried elsewhere",
+                    self.handler.name,
+                    row.message_id,
+                    extra={"action": "handler.lease_lost", "handler": self.handler.name, "message_id": row.message_id},
+                )
+                self._unpark(row)
+                await outcome.item.delivery.requeue()
 
     async def _commit_loop(self) -> None:
         while True:
@@ -445,8 +479,8 @@ class HandlerRunner:
                 self._release(outcome.envelope.key)
         if any(outcome.again is not None for outcome in kept):
             self._tools.look_again()
-        lost = {id(outcome) for outcome in outcomes} - {id(outcome) for outcome in kept}
-        self._intake.put_back([outcome.item for outcome in outcomes if id(outcome) in lost])
+        known = {id(outcome) for outcome in kept}
+        await self._lose([outcome for outcome in outcomes if id(outcome) not in known])
         await failpoint("handler.after_ack")
 
     def _spoil(self, outcome: Outcome, error: Exception) -> None:

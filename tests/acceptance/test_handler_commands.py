@@ -1,7 +1,6 @@
 """Operators watch handlers, pause them and set their limits while they run."""
 
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -64,13 +63,11 @@ def test_a_paused_handler_takes_nothing_in_any_process_until_it_is_resumed(on_se
     wait_until(all_there, "both processes in the list")
     done = coordinator(on_servers, "handlers", "pause", "charge", "--why", "the bank asked", "--by", "ada")
     assert (done.returncode, done.stderr) == (0, "")
-    said = time.monotonic()
 
     def followed() -> bool:
         return all(process["paused"] for process in listed(on_servers)["charge"]["processes"])
 
     wait_until(followed, "all processes to follow")
-    assert time.monotonic() - said < 10, "two seconds, and the time that the command line takes"
     assert coordinator(on_servers, "publish", "-", given=event(ORDER.format(1), 1) + "\n").returncode == 0
 
     def charging() -> bool:

@@ -364,6 +364,57 @@ async def test_f23_a_consumer_that_the_broker_drops_without_a_word_is_started_ag
     assert "bus.restarted" in actions(caplog)
 
 
+async def test_f23_a_consumer_that_the_broker_drops_is_started_again_although_another_one_is_left(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it stayed deaf for ever: the queue had a consumer, in another process."""
+    async with (
+        opened(amqp_url) as elsewhere,
+        opened(amqp_url, watch_every=0.05, reconcile_every=0.1) as bus,
+    ):
+        for each in (elsewhere, bus):
+            await each.declare([PAYMENTS])
+        received = Received()
+        consumer: Any = await bus.consume(PAYMENTS.name, received, prefetch=5)
+        other = Received()
+        await elsewhere.consume(PAYMENTS.name, other, prefetch=1)  # it is busy with its first one
+        channel = await consumer._channel.get_underlay_channel()
+        await channel.rpc(Basic.Cancel(consumer_tag=consumer._tag, nowait=True))
+        for body in (b"[1]", b"[2]"):
+            await publish_until_confirmed(elsewhere, Outgoing(CHARGE, body))
+        assert (await other.next()).body == b"[1]"
+        delivery = await received.next()
+        assert delivery.body == b"[2]"
+        await delivery.ack()
+    assert "bus.restarted" in actions(caplog)
+
+
+async def test_f23_a_consumer_with_no_room_or_nothing_to_take_is_not_started_again(amqp_url: str) -> None:
+    async with opened(amqp_url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        await bus.consume(PAYMENTS.name, received, prefetch=1)
+        for _ in range(3):
+            assert await bus._reconcile() == {}
+        for body in (b"[1]", b"[2]"):
+            await publish_until_confirmed(bus, Outgoing(CHARGE, body))
+        delivery = await received.next()
+        for _ in range(3):
+            assert await bus._reconcile() == {}
+        await delivery.ack()
+        await (await received.next()).ack()
+
+
+async def test_f23_what_the_watchdog_cannot_mend_is_a_problem_until_it_can(amqp_url: str) -> None:
+    async with opened(amqp_url, watch_every=0.05, reconcile_every=0.05) as bus, wire(amqp_url) as channel:
+        await bus.declare([PAYMENTS, Queue("mail", (MAIL,))])
+        await channel.queue_delete("saga.mail")
+        await channel.declare_queue("saga.mail", durable=True)  # a classic one
+        await until(lambda: "saga.mail exists with other properties" in (bus.problem or ""))
+        await channel.queue_delete("saga.mail")
+        await until(lambda: bus.problem is None)
+
+
 async def test_f23_a_consumer_that_was_cancelled_on_purpose_is_left_alone(amqp_url: str) -> None:
     async with opened(amqp_url) as bus:
         await bus.declare([PAYMENTS])
@@ -376,6 +427,31 @@ async def test_f23_a_consumer_that_was_cancelled_on_purpose_is_left_alone(amqp_u
             await channel.queue_delete("saga.payments")  # else RabbitMQ counts it until that is settled
         assert await bus._reconcile() == {}
         await delivery.ack()
+
+
+async def test_f23_a_consumer_that_is_cancelled_while_the_connection_is_lost_does_not_come_back(amqp_url: str) -> None:
+    """It would give back whatever it is delivered, until RabbitMQ gives that up."""
+    proxy = Proxy(URL(amqp_url))
+    async with proxy.running() as url, opened(amqp_url) as publisher, opened(url) as bus:
+        await bus.declare([PAYMENTS])
+        received = Received()
+        consumer = await bus.consume(PAYMENTS.name, received, prefetch=5)
+        await publisher.publish([Outgoing(CHARGE, b"[1]")])
+        held = await received.next()
+        proxy.cut()
+        await until(lambda: bus.problem is not None)
+        await consumer.cancel()  # the handler is paused, or its breaker has opened
+        await until(lambda: bus.problem is None)
+        await publisher.publish([Outgoing(CHARGE, b"[2]")])
+        again = Received()
+        await bus.consume(PAYMENTS.name, again, prefetch=5)  # on a later channel than one that was restored
+        deliveries = {delivery.body: delivery for delivery in [await again.next(), await again.next()]}
+        assert deliveries.keys() == {b"[1]", b"[2]"}
+        async with wire(amqp_url) as channel:
+            queue = await channel.declare_queue("saga.payments", passive=True)
+            assert queue.declaration_result.consumer_count == 1
+        await held.ack()  # does nothing
+        assert "x-delivery-count" not in deliveries[b"[2]"].headers
 
 
 # Channels that RabbitMQ closes (F24)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -329,6 +330,22 @@ async def test_a_connection_that_the_server_ended_is_tried_again_and_works(pg_ur
     finally:
         await engine.dispose()
         await other.dispose()
+
+
+@pytest.mark.postgres
+async def test_a_connection_whose_other_end_has_vanished_fails_within_half_a_minute(pg_url: str) -> None:
+    """A rollback once waited for its answer as long as the system tries to deliver: a quarter of an hour."""
+    engine = open_database(pg_url)
+    try:
+        async with engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            assert raw.driver_connection is not None
+            found = raw.driver_connection._transport.get_extra_info("socket")
+            assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+            assert [found.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [15, 5, 3, 30_000]
+    finally:
+        await engine.dispose()
 
 
 @pytest.mark.postgres

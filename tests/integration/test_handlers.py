@@ -31,6 +31,7 @@ from tests.support.flows import (
     enveloped,
     link,
     open_stage,
+    until,
 )
 
 ONCE = Retry(attempts=1)
@@ -544,6 +545,61 @@ async def test_a_statement_that_can_never_work_is_given_up_on(stage: Stage) -> N
     await stage.send(charge())
     assert (await stage.replies.next()).type == "failed"
     assert "no_such_table" in (await stage.dead())[0].detail
+
+
+OWN_FAULTS = {
+    "a timeout of statements": ("SET LOCAL statement_timeout = 20", "SELECT pg_sleep(10)"),
+    "a lock that somebody holds": ("SET LOCAL lock_timeout = 20", "LOCK TABLE effect"),
+    "a connection that it ends itself": ("SELECT pg_terminate_backend(pg_backend_pid())",),
+}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("statements", OWN_FAULTS.values(), ids=OWN_FAULTS.keys())
+async def test_what_the_database_refuses_a_handler_is_counted_and_given_up_on(
+    pg_url: str, statements: tuple[str, ...]
+) -> None:
+    """Once such errors were taken for a database that is away, and tried for ever without being counted."""
+    runs = 0
+    async with open_stage(pg_url) as stage:
+
+        @handles(ChargeCard, retry=Retry(attempts=2, quick=1))
+        async def refused(command: ChargeCard, session: AsyncSession) -> None:
+            nonlocal runs
+            runs += 1
+            assert command.order
+            for statement in statements:
+                await session.execute(text(statement))
+
+        async with transaction(stage.engine) as connection:
+            await connection.execute(text("LOCK TABLE effect IN ACCESS SHARE MODE"))
+            await stage.start(refused)
+            await stage.send(charge())
+
+            async def is_given_up() -> bool:
+                stage.clock.advance(0.1)
+                return bool(await stage.dead())
+
+            await until(is_given_up)
+        [letter] = await stage.dead()
+        assert letter.attempts == 2
+        assert runs <= 10
+
+
+@pytest.mark.postgres
+async def test_a_statement_with_too_few_parameters_is_given_up_on(pg_url: str) -> None:
+    """The driver has no other class for it than for a connection that is closed."""
+    async with open_stage(pg_url) as stage:
+
+        @handles(ChargeCard, retry=ONCE)
+        async def wrong(command: ChargeCard, session: AsyncSession) -> None:
+            assert command.order
+            await (await session.connection()).exec_driver_sql("SELECT $1::int", ())
+
+        await stage.start(wrong)
+        await stage.send(charge())
+        assert (await stage.replies.next()).type == "failed"
+        assert "1 argument" in (await stage.dead())[0].detail
 
 
 async def test_a_cancellation_by_a_library_inside_a_handler_is_a_failure_like_others(stage: Stage) -> None:

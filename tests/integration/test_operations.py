@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from events.codec import Readable, bundle_body
-from events.database import transaction
+from events.database import ping, transaction
 from events.errors import ConfigurationError
 from events.ids import TimeOrderedIds
 from handlers import Handler, Retry, handles
@@ -22,7 +23,9 @@ from tests.support.flows import (
     ChargeCard,
     Charged,
     FakeDelivery,
+    RefundCard,
     Stage,
+    effects,
     enveloped,
     link,
     open_stage,
@@ -151,6 +154,37 @@ async def test_running_handlers_follow_within_two_seconds(stage: Stage, operatio
 
 
 @pytest.mark.postgres
+@pytest.mark.postgres
+async def test_handlers_that_hang_with_their_sessions_hold_up_nothing_else(pg_url: str) -> None:
+    """Once they had all connections of the process: no pause was followed, no lease renewed, no other handler ran."""
+    hanging = asyncio.Event()
+
+    @handles(ChargeCard)
+    async def charge_card(command: ChargeCard, session: AsyncSession) -> None:
+        await session.execute(effects.insert().values(what=command.order))
+        await hanging.wait()
+
+    @handles(RefundCard)
+    async def refund_card(command: RefundCard) -> None:
+        assert command.order
+
+    async with open_stage(pg_url) as stage:
+        group = await stage.start(charge_card, refund_card)
+        await stage.send(*(enveloped(ChargeCard(order=str(n)), saga=link()) for n in range(charge_card.concurrency)))
+
+        async def all_have_begun() -> bool:
+            return group.runners["charge_card"].slots.taken == charge_card.concurrency
+
+        await until(all_have_begun)
+        await ping(stage.engine)
+        await stage.pause(group, "charge_card")
+        await stage.send(enveloped(RefundCard(order="1"), saga=link()))
+        assert (await stage.replies.next()).type == "succeeded"
+        hanging.set()
+        for _ in range(charge_card.concurrency):
+            await stage.replies.next()
+
+
 async def test_processes_share_a_rate_and_have_all_of_it_when_the_others_are_gone(pg_url: str) -> None:
     async with AsyncExitStack() as stack:
         two = [await stack.enter_async_context(open_stage(pg_url)) for _ in range(2)]

@@ -99,6 +99,21 @@ async def test_a_broker_that_did_not_confirm_is_no_longer_a_problem_on_a_new_con
         await until(lambda: bus.problem is None)
 
 
+async def test_a_broker_that_did_not_confirm_is_no_problem_of_a_process_that_has_long_published_nothing(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a process that only publishes, and had nothing to say, was not ready until it had."""
+    async with proxy.running() as url, opened(url, publish_timeout=0.2) as bus:
+        await bus.declare([PAYMENTS])
+        proxy.hold()
+        await bus.publish([Outgoing(CHARGE, b"[1]")])
+        proxy.release()
+        assert bus.problem == "RabbitMQ does not confirm what is published"
+        later = SystemClock().monotonic() + 60
+        monkeypatch.setattr(bus._clock, "monotonic", lambda: later)
+        assert bus.problem is None
+
+
 async def test_cancelling_a_publish_is_not_taken_for_a_lost_connection(proxy: Proxy) -> None:
     async with proxy.running() as url, opened(url) as bus:
         await bus.declare([PAYMENTS])

@@ -373,6 +373,52 @@ async def test_the_lease_of_a_slow_try_is_renewed_and_that_of_a_dead_process_is_
     assert script.attempts["1"] == [1, 2, 3]
 
 
+@pytest.mark.postgres
+@pytest.mark.parametrize("end", ["fails", "stops"])
+async def test_a_process_whose_lease_has_passed_on_does_not_touch_the_try_of_another_one(
+    two: tuple[Stage, Stage], end: str
+) -> None:
+    """Once it set the attempts back and made the message due, while another process was trying it."""
+    slow, other = two
+    script = Script(Retry(attempts=9, quick=0, first=1, jitter="none"))
+    script.failures = {"1": 3}
+
+    async def has_begun() -> asyncio.Event:
+        async with asyncio.timeout(PATIENCE):
+            await script.begun.get()
+        assert script.hold is not None
+        return script.hold
+
+    group = await slow.start(script.handler)
+    await slow.send(charge())
+    await slow.delayed(1)
+    await script.begun.get()
+    script.hold = asyncio.Event()
+    slow.clock.advance(2)
+    first = await has_begun()
+    script.hold = asyncio.Event()
+    await other.start(script.handler)
+    other.clock.advance(LEASE + 10)  # nobody has renewed it: the slow process has stood still
+    second = await has_begun()
+    [row] = await other.waiting()
+
+    if end == "fails":
+        first.set()
+
+        async def has_lost_it() -> bool:
+            return not group.runners["charge_card"].parked
+
+        await until(has_lost_it)
+    else:
+        await group.stop(0)
+    assert await other.waiting() == [row]
+    assert (row.attempts, row.crashes) == (3, 1)
+    script.failures.clear()
+    second.set()
+    assert (await other.replies.next()).type == "charged"
+    await no_rows(other)
+
+
 async def test_a_breaker_stops_the_queue_and_asks_with_one_message_at_a_time(stage: Stage) -> None:
     breaker = Breaker("bank", minimum=2, window=2, open_for=5, most=8)
     script = Script(Retry(attempts=4, quick=0, first=1, jitter="none"), breaker)

@@ -406,7 +406,7 @@ def test_without_an_environment_everything_stays_in_one_file() -> None:
         "grace": 20.0,
         "max_stall": 60.0,
         "health": "",
-        "pool_size": 10,
+        "pool_size": 16,
         "log_level": "INFO",
         "log_format": "text",
     }
@@ -423,7 +423,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "grace": ("0.5", 0.5),
     "max_stall": ("0", 0.0),
     "health": ("127.0.0.1:8081", "127.0.0.1:8081"),
-    "pool_size": ("2", 2),
+    "pool_size": ("5", 5),
     "log_level": ("DEBUG", "DEBUG"),
     "log_format": ("json", "json"),
 }
@@ -453,7 +453,7 @@ def test_each_setting_has_a_variable(environment: pytest.MonkeyPatch) -> None:
         ("MAX_HEADERS", PASSWORD, "Input should be a valid integer"),
         ("GRACE", "-1", "greater than or equal to 0"),
         ("GRACE", "nan", "greater than or equal to 0"),
-        ("POOL_SIZE", "1", "greater than or equal to 2"),
+        ("POOL_SIZE", "4", "greater than or equal to 5"),
         ("POOL_SIZE", "101", "less than or equal to 100"),
         ("LOG_LEVEL", "LOUD", "String should match pattern"),
         ("LOG_FORMAT", "xml", "String should match pattern"),

@@ -1,11 +1,12 @@
 """What a process does before it works."""
 
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from coordinator.process import enter_when_up
+from coordinator.process import enter_when_up, exits_when_stalled
 from events.errors import BusClosedError, ConfigurationError
 from tests.support.flows import ManualClock
 
@@ -72,3 +73,24 @@ async def test_without_patience_there_is_one_try() -> None:
     with pytest.raises(BusClosedError):
         await enter(server, 0)
     assert server.tries == 1
+
+
+async def test_a_stalled_process_is_still_watched_for_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the watch was not wound up again after one, and ended a process whose loop ran."""
+    errors: Iterator[Exception] = iter([OSError("no such file")])
+    wound_up = 0
+
+    def wind_up(*_: object, **__: object) -> None:
+        nonlocal wound_up
+        if error := next(errors, None):
+            raise error
+        wound_up += 1
+
+    monkeypatch.setattr("coordinator.process.sys.stderr", sys.__stderr__)
+    monkeypatch.setattr("coordinator.process.faulthandler.dump_traceback_later", wind_up)
+    clock = ManualClock()
+    async with exits_when_stalled(60, clock):
+        await clock.pass_sleep(0.1)  # the supervisor's
+        await clock.pass_sleep(5.0)
+        await clock.asleep(5.0)
+    assert wound_up == 2
