@@ -6,13 +6,13 @@ message that kills its process is known by a try that has begun and not ended; i
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import TextualSelect, bindparam, text
+from sqlalchemy import TextualSelect, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events.bulk import Bulk, delete_by_id
@@ -51,7 +51,7 @@ _CLAIM = """
         crashes = crashes + CASE WHEN begun_at IS NULL THEN 0 ELSE 1 END
     WHERE id IN (
         SELECT r.id FROM retry r
-        WHERE r.consumer = :consumer AND r.due_at <= :due AND {which} AND {in_order}
+        WHERE r.consumer = :consumer AND r.due_at <= :due AND r.id NOT IN :held AND {which} AND {in_order}
         ORDER BY r.due_at, r.id LIMIT :most {lock}
     )
     RETURNING *
@@ -66,6 +66,7 @@ def _claim(which: str, lock: str) -> TextualSelect:
     return (
         text(_CLAIM.format(which=which, in_order=_IN_ORDER, lock=lock))
         .bindparams(*(bindparam(name, type_=Timestamp) for name in ("until", "now", "due")))
+        .bindparams(bindparam("held", type_=Uuid, expanding=True))
         .columns(*retry.columns)
     )
 
@@ -253,13 +254,20 @@ class Retries:
         return {consumer: (int(usual), int(suspects)) for consumer, usual, suspects in found}
 
     async def claim(
-        self, consumer: str, most: int, *, suspects: bool = False, due_or_not: bool = False
+        self,
+        consumer: str,
+        most: int,
+        *,
+        held: Collection[UUID] = (),
+        suspects: bool = False,
+        due_or_not: bool = False,
     ) -> list[Waiting]:
         """Take messages of `consumer` that are due, and count the try that now begins.
 
         Args:
             consumer: the handler.
             most: how many at most.
+            held: rows that this process holds, and does not take from itself although their leases have lapsed.
             suspects: those with a try that has not ended, instead of all others.
             due_or_not: also those that are to wait longer, the first due first.
         """
@@ -270,6 +278,7 @@ class Retries:
             "until": now + timedelta(seconds=LEASE),
             "due": now + _FAR_FUTURE if due_or_not else now,
             "most": most,
+            "held": list(held),
         }
         async with transaction(self._engine) as connection:
             found = await connection.execute(_CLAIMS[connection.dialect.name, suspects], parameters)

@@ -169,17 +169,21 @@ class HandlerRunner:
             self.parked[row.id] = row
             self._intake.deliver(Parked(row))
 
-    async def run_at_once(self, row: Waiting) -> None:
-        """Run a waiting message past all that wait for their turn here; return when its outcome is committed."""
+    async def run_at_once(self, row: Waiting) -> bool:
+        """Run a waiting message past all that wait for their turn here; return when its outcome is committed.
+
+        Returns False if it cannot be tried now, and is given back.
+        """
         parked = Parked(row)
         [item] = self._intake.read(parked)
         self.parked[row.id] = row
         known = await self._find_known([item])
         if row.key in self._running:  # a duplicate is in work, and this would wait for it
             await self._abandon(item)
-            return
+            return False
         await self._begin(item, known, at_once=True)
         await parked.settled.wait()
+        return True
 
     async def _abandon(self, item: Item) -> None:
         """Give a row back whose try cannot be made now."""
