@@ -128,6 +128,11 @@ class Isolation:
         self._kept_waiting = 0
         self._changed = asyncio.Condition()
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody is alone, or waits for it."""
+        return self._alone
+
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Run the block side by side with others, and not while somebody is alone or waits for it."""

@@ -309,15 +309,26 @@ class HandlerRunner:
     @asynccontextmanager
     async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:
         """Hold what a message needs to run: its turn among those of its key, a slot, and no one who must be alone."""
+        key = None if self.handler.key is None else self._key_of(envelope, self.handler.key)
         async with AsyncExitStack() as stack:
-            if self.handler.key is not None and (key := self._key_of(envelope, self.handler.key)) is not None:
-                await stack.enter_async_context(self._tools.keys.of(f"{self.handler.name}:{key}"))
-            if not at_once:
-                if self.handler.key is not None:
-                    await self.slots.acquire()
-                stack.callback(self.slots.release)
-                await stack.enter_async_context(self._tools.isolation.shared())
+            while not await self._take_place(stack, key, at_once=at_once):
+                await stack.aclose()
+                async with self._tools.isolation.shared():
+                    pass
             yield
+
+    async def _take_place(self, stack: AsyncExitStack, key: str | None, *, at_once: bool) -> bool:
+        """Take what is to be held into `stack`; return False if it must be given back until nobody is alone."""
+        if key is not None:
+            await stack.enter_async_context(self._tools.keys.of(f"{self.handler.name}:{key}"))
+        if not at_once:
+            if self.handler.key is not None:
+                await self.slots.acquire()
+            stack.callback(self.slots.release)
+            if key is not None and self._tools.isolation.is_taken:  # who is alone may wait for this very key
+                return False
+            await stack.enter_async_context(self._tools.isolation.shared())
+        return True
 
     def _key_of(self, envelope: Envelope, key: Callable[[Message], object]) -> str | None:
         try:

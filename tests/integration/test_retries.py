@@ -326,6 +326,33 @@ async def test_f47_a_message_that_kills_its_process_is_given_up_on_and_the_other
     assert len(await stage.handled()) == 3
 
 
+async def test_a_suspect_and_who_has_its_key_do_not_wait_for_each_other(stage: Stage) -> None:
+    """Who had the key once kept it while it waited until nobody was alone, and who was alone waited for the key."""
+    script = Script()
+    script.failures = {"suspect": 1}
+    group = await stage.start(replace(script.handler, key=lambda _: "the same"))
+    await stage.send(charge("suspect"))
+    await stage.delayed(1)
+    script.hold = asyncio.Event()
+    await stage.send(charge("first"), charge("second"))
+
+    async def are_begun() -> bool:
+        return len(script.attempts) == 2 and len(group.runners[script.handler.name]._running) == 2
+
+    await until(are_begun)
+    async with transaction(stage.engine) as connection:  # somebody has tried it, and died
+        await connection.execute(retry.update().values(begun_at=START, due_at=START))
+    await stage.clock.pass_sleep(0.4)
+
+    async def is_claimed_for() -> bool:
+        return group._tools.isolation.is_taken
+
+    await until(is_claimed_for)
+    script.hold.set()
+    assert {(await stage.replies.next()).type for _ in range(3)} == {"charged"}
+    assert script.attempts == {"suspect": [1, 2], "first": [1], "second": [1]}
+
+
 @pytest.mark.postgres
 async def test_a_message_that_is_due_is_tried_by_one_process(two: tuple[Stage, Stage]) -> None:
     first, second = two
