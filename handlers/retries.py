@@ -58,7 +58,7 @@ _CLAIM = """
 """
 _DUE = """
     SELECT r.consumer, sum(CASE WHEN {any} THEN 1 ELSE 0 END), sum(CASE WHEN {any} THEN 0 ELSE 1 END)
-    FROM retry r WHERE r.due_at <= :now GROUP BY r.consumer
+    FROM retry r WHERE r.due_at <= :now AND {in_order} GROUP BY r.consumer
 """
 
 
@@ -76,7 +76,7 @@ _CLAIMS = {
     for dialect, lock in (("postgresql", "FOR UPDATE SKIP LOCKED"), ("sqlite", ""))
     for suspect in (False, True)
 }
-_COUNT_DUE = text(_DUE.format(any=_ANY)).bindparams(bindparam("now", type_=Timestamp))
+_COUNT_DUE = text(_DUE.format(any=_ANY, in_order=_IN_ORDER)).bindparams(bindparam("now", type_=Timestamp))
 _RENEW = Bulk(retry, "id", "due_at")
 _FAR_FUTURE = timedelta(days=36500)
 
@@ -248,7 +248,7 @@ class Retries:
     # In transactions of their own
 
     async def count_due(self) -> dict[str, tuple[int, int]]:
-        """Return for each consumer how many messages are due, and how many suspects."""
+        """Return for each consumer how many messages are due, and how many suspects; those in whose way none is."""
         async with self._reader.connect() as connection:
             found = (await connection.execute(_COUNT_DUE, {"now": self.clock.now()})).all()
         return {consumer: (int(usual), int(suspects)) for consumer, usual, suspects in found}
