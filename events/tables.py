@@ -108,4 +108,5 @@ dead_letter = Table(
     Column("edited_body", LargeBinary),
     Index(None, "dead_at"),
     Index("ix_dead_letter_open", "consumer", "id", postgresql_where=_is_dead, sqlite_where=_is_dead),
+    Index("ix_dead_letter_saga", "saga_id", "id", postgresql_where=_is_dead, sqlite_where=_is_dead),
 )

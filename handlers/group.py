@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 from events.database import is_transient
@@ -56,6 +57,7 @@ class HandlerGroup:
         self._to_look = asyncio.Event()
         self._special = asyncio.Event()
         self._suspects: set[str] = set()  # names of handlers with messages that must be tried alone
+        self._held_until = self._retries.clock.now()  # until then at least are the leases of what runs here
         self._store_answers = True
         tools.look_again = self._to_look.set
 
@@ -118,11 +120,13 @@ class HandlerGroup:
         """Take what is due for handlers that have room, and see what needs special care."""
         await self._tools.bus.until_writable()
         await self._retries.clock.calibrate_if_old()
+        if self._retries.clock.now() >= self._held_until:  # else what runs here would look as if its process had died
+            await self._renew()
         due = await self._retries.count_due()
         for name, runner in self.runners.items():
             usual, suspects = due.get(name, (0, 0))
             if usual and runner.room:
-                rows = await self._retries.claim(name, runner.room)
+                rows = await self._retries.claim(name, runner.room, held=runner.parked)
                 runner.take(rows)
                 if len(rows) < usual and rows and runner.room:
                     self._to_look.set()
@@ -159,7 +163,7 @@ class HandlerGroup:
         first = turn // 2 % max(1, len(sharing))
         sharing = sharing[first:] + sharing[:first]
         for runner in sharing:
-            for row in await self._retries.claim(runner.handler.name, 1, due_or_not=True):
+            for row in await self._retries.claim(runner.handler.name, 1, held=runner.parked, due_or_not=True):
                 await runner.run_at_once(row)
                 return
         for runner in sharing:
@@ -177,18 +181,24 @@ class HandlerGroup:
                 pass
 
     async def _try_suspect(self, runner: HandlerRunner) -> bool:
+        """Try a message quite alone; return False if there is none, or it cannot be tried now."""
         async with self._tools.isolation.alone():
-            rows = await self._retries.claim(runner.handler.name, 1, suspects=True)
-            for row in rows:
-                await runner.run_at_once(row)
-        return bool(rows)
+            for row in await self._retries.claim(runner.handler.name, 1, held=runner.parked, suspects=True):
+                return await runner.run_at_once(row)
+        return False
 
     async def _renew_loop(self) -> None:
         while True:
             await self._clock.sleep(_RENEW_EVERY)
-            rows = [row for runner in self.runners.values() for row in runner.parked.values()]
-            if rows:
-                await self._patiently(lambda: self._retries.renew(rows))  # noqa: B023  # called at once
+            await self._patiently(self._renew)
+
+    async def _renew(self) -> None:
+        """Hold what runs here for another lease."""
+        until = self._retries.clock.now() + timedelta(seconds=LEASE)
+        rows = [row for runner in self.runners.values() for row in runner.parked.values()]
+        if rows:
+            await self._retries.renew(rows)
+        self._held_until = until
 
     # What an operator has set, and what he sees
 

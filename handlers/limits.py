@@ -136,15 +136,26 @@ class Isolation:
     def __init__(self) -> None:
         self._running = 0
         self._alone = False
+        self._kept_waiting = 0
         self._changed = asyncio.Condition()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody is alone, or waits for it."""
+        return self._alone
 
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Run the block side by side with others, and not while somebody is alone or waits for it."""
         if self._alone:
             async with self._changed:
-                await self._changed.wait_for(lambda: not self._alone)
-                self._running += 1
+                self._kept_waiting += 1
+                try:
+                    await self._changed.wait_for(lambda: not self._alone)
+                    self._running += 1
+                finally:
+                    self._kept_waiting -= 1
+                    self._changed.notify_all()
         else:
             self._running += 1
         try:
@@ -157,9 +168,9 @@ class Isolation:
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Run the block while no other runs."""
+        """Run the block while no other runs; those that were kept waiting by somebody alone go first."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._alone)
+            await self._changed.wait_for(lambda: not self._alone and not self._kept_waiting)
             self._alone = True
             try:
                 await self._changed.wait_for(lambda: self._running == 0)

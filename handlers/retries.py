@@ -6,13 +6,13 @@ message that kills its process is known by a try that has begun and not ended; i
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import TextualSelect, bindparam, text
+from sqlalchemy import TextualSelect, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events.bulk import Bulk, Lookup, delete_by_id
@@ -51,14 +51,14 @@ _CLAIM = """
         crashes = crashes + CASE WHEN begun_at IS NULL THEN 0 ELSE 1 END
     WHERE id IN (
         SELECT r.id FROM retry r
-        WHERE r.consumer = :consumer AND r.due_at <= :due AND {which} AND {in_order}
+        WHERE r.consumer = :consumer AND r.due_at <= :due AND r.id NOT IN :held AND {which} AND {in_order}
         ORDER BY r.due_at, r.id LIMIT :most {lock}
     )
     RETURNING *
 """
 _DUE = """
     SELECT r.consumer, sum(CASE WHEN {any} THEN 1 ELSE 0 END), sum(CASE WHEN {any} THEN 0 ELSE 1 END)
-    FROM retry r WHERE r.due_at <= :now GROUP BY r.consumer
+    FROM retry r WHERE r.due_at <= :now AND {in_order} GROUP BY r.consumer
 """
 
 
@@ -66,6 +66,7 @@ def _claim(which: str, lock: str) -> TextualSelect:
     return (
         text(_CLAIM.format(which=which, in_order=_IN_ORDER, lock=lock))
         .bindparams(*(bindparam(name, type_=Timestamp) for name in ("until", "now", "due")))
+        .bindparams(bindparam("held", type_=Uuid, expanding=True))
         .columns(*retry.columns)
     )
 
@@ -75,7 +76,7 @@ _CLAIMS = {
     for dialect, lock in (("postgresql", "FOR UPDATE SKIP LOCKED"), ("sqlite", ""))
     for suspect in (False, True)
 }
-_COUNT_DUE = text(_DUE.format(any=_ANY)).bindparams(bindparam("now", type_=Timestamp))
+_COUNT_DUE = text(_DUE.format(any=_ANY, in_order=_IN_ORDER)).bindparams(bindparam("now", type_=Timestamp))
 _RENEW = Bulk(retry, "id", "due_at")
 _HELD = Lookup(retry, "id", "begun_at", key="id", lock=True)
 _FAR_FUTURE = timedelta(days=36500)
@@ -264,19 +265,26 @@ class Retries:
     # In transactions of their own
 
     async def count_due(self) -> dict[str, tuple[int, int]]:
-        """Return for each consumer how many messages are due, and how many suspects."""
+        """Return for each consumer how many messages are due, and how many suspects; those in whose way none is."""
         async with self._reader.connect() as connection:
             found = (await connection.execute(_COUNT_DUE, {"now": self.clock.now()})).all()
         return {consumer: (int(usual), int(suspects)) for consumer, usual, suspects in found}
 
     async def claim(
-        self, consumer: str, most: int, *, suspects: bool = False, due_or_not: bool = False
+        self,
+        consumer: str,
+        most: int,
+        *,
+        held: Collection[UUID] = (),
+        suspects: bool = False,
+        due_or_not: bool = False,
     ) -> list[Waiting]:
         """Take messages of `consumer` that are due, and count the try that now begins.
 
         Args:
             consumer: the handler.
             most: how many at most.
+            held: rows that this process holds, and does not take from itself although their leases have lapsed.
             suspects: those with a try that has not ended, instead of all others.
             due_or_not: also those that are to wait longer, the first due first.
         """
@@ -287,6 +295,7 @@ class Retries:
             "until": now + timedelta(seconds=LEASE),
             "due": now + _FAR_FUTURE if due_or_not else now,
             "most": most,
+            "held": list(held),
         }
         async with transaction(self._engine) as connection:
             found = await connection.execute(_CLAIMS[connection.dialect.name, suspects], parameters)

@@ -170,17 +170,21 @@ class HandlerRunner:
             self.parked[row.id] = row
             self._intake.deliver(Parked(row))
 
-    async def run_at_once(self, row: Waiting) -> None:
-        """Run a waiting message past all that wait for their turn here; return when its outcome is committed."""
+    async def run_at_once(self, row: Waiting) -> bool:
+        """Run a waiting message past all that wait for their turn here; return when its outcome is committed.
+
+        Returns False if it cannot be tried now, and is given back.
+        """
         parked = Parked(row)
         [item] = self._intake.read(parked)
         self.parked[row.id] = row
         known = await self._find_known([item])
         if row.key in self._running:  # a duplicate is in work, and this would wait for it
             await self._abandon(item)
-            return
+            return False
         await self._begin(item, known, at_once=True)
         await parked.settled.wait()
+        return True
 
     async def _abandon(self, item: Item) -> None:
         """Give a row back whose try cannot be made now."""
@@ -315,15 +319,26 @@ class HandlerRunner:
     @asynccontextmanager
     async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:
         """Hold what a message needs to run: its turn among those of its key, a slot, and no one who must be alone."""
+        key = None if self.handler.key is None else self._key_of(envelope, self.handler.key)
         async with AsyncExitStack() as stack:
-            if self.handler.key is not None and (key := self._key_of(envelope, self.handler.key)) is not None:
-                await stack.enter_async_context(self._tools.keys.of(f"{self.handler.name}:{key}"))
-            if not at_once:
-                if self.handler.key is not None:
-                    await self.slots.acquire()
-                stack.callback(self.slots.release)
-                await stack.enter_async_context(self._tools.isolation.shared())
+            while not await self._take_place(stack, key, at_once=at_once):
+                await stack.aclose()
+                async with self._tools.isolation.shared():
+                    pass
             yield
+
+    async def _take_place(self, stack: AsyncExitStack, key: str | None, *, at_once: bool) -> bool:
+        """Take what is to be held into `stack`; return False if it must be given back until nobody is alone."""
+        if key is not None:
+            await stack.enter_async_context(self._tools.keys.of(f"{self.handler.name}:{key}"))
+        if not at_once:
+            if self.handler.key is not None:
+                await self.slots.acquire()
+            stack.callback(self.slots.release)
+            if key is not None and self._tools.isolation.is_taken:  # who is alone may wait for this very key
+                return False
+            await stack.enter_async_context(self._tools.isolation.shared())
+        return True
 
     def _key_of(self, envelope: Envelope, key: Callable[[Message], object]) -> str | None:
         try:

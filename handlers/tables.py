@@ -1,6 +1,6 @@
 """The tables of this package."""
 
-from sqlalchemy import Boolean, Column, Float, Index, Integer, LargeBinary, Table, Text, Uuid
+from sqlalchemy import Boolean, Column, Float, Index, Integer, LargeBinary, Table, Text, Uuid, text
 
 from events.tables import Json, Timestamp, metadata
 
@@ -16,6 +16,8 @@ inbox = Table(
     Column("handled_at", Timestamp, nullable=False),
     Index(None, "handled_at"),
 )
+
+_is_replayed = text("dead_letter_id IS NOT NULL")
 
 # Messages that wait to be tried again, and how often they were tried. `due_at` is the next try, or the lease of the
 # process that tries; `begun_at` is the begin of a try whose end nobody has recorded.
@@ -44,6 +46,7 @@ retry = Table(
     Column("dead_letter_id", Uuid),
     Index("uq_retry_message_key_consumer", "message_key", "consumer", unique=True),
     Index("ix_retry_consumer_due_at", "consumer", "due_at"),
+    Index("ix_retry_replayed", "saga_id", "dead_letter_id", postgresql_where=_is_replayed, sqlite_where=_is_replayed),
     # Rows come and go: let vacuum keep the table short.
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.01", "autovacuum_vacuum_threshold": "1000"},
 )

@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from pydantic_core import from_json
+from sqlalchemy import text
 
 from coordinator.definition import Saga
 from coordinator.flow import sequence
@@ -26,6 +27,7 @@ from events.relay import RelayOptions
 from handlers import Retry, handles
 from handlers.broker_letters import BrokerLetters
 from handlers.replay import DISCARDED, REPLAYED, DeadLetters, Letter, Planned, Query, with_data
+from handlers.retries import _COUNT_DUE
 from handlers.tables import retry
 from tests.integration.test_engine import World, wanted
 from tests.support.flows import (
@@ -159,6 +161,31 @@ async def test_a_command_of_a_saga_is_not_replayed_for_the_saga_has_gone_on(stag
         assert [each.refused is None for each in done] == [False, True]
         assert "its saga was told that it failed and has gone on" in (done[0].refused or "")
     assert [letter.status for letter in await oldest_first(letters, Query(status=None))] == ["dead", REPLAYED]
+
+
+async def test_who_waits_behind_another_is_not_due_and_is_found_without_looking_at_all_others(stage: Stage) -> None:
+    """Each look once compared all with all, and was made anew at once: thousands of them stopped their handler."""
+    service, saga = Service(), uuid4()
+    group = await stage.start(service.handler)
+    for order in "12":
+        await stage.send(undo(order, saga))
+        await stage.dead_letters(int(order))
+    await group.stop(0)
+    letters = letters_of(stage)
+    await replayed(letters)
+    stage.clock.advance(1)
+    assert await stage.retries.count_due() == {"refund_card": (1, 0)}
+    [first] = await stage.retries.claim("refund_card", 9)
+    assert await stage.retries.count_due() == {}
+    async with transaction(stage.engine) as connection:
+        await stage.retries.remove(connection, [first])
+    assert await stage.retries.count_due() == {"refund_card": (1, 0)}
+    if stage.engine.dialect.name == "sqlite":  # where a small table is read by its indexes, too
+        async with transaction(stage.engine) as connection:
+            plan = "EXPLAIN QUERY PLAN " + str(_COUNT_DUE)
+            steps = [row.detail for row in (await connection.execute(text(plan), {"now": 0})).all()]
+        assert any("older USING COVERING INDEX ix_retry_replayed (saga_id=?" in each for each in steps), steps
+        assert any("dead USING INDEX ix_dead_letter_saga (saga_id=?" in each for each in steps), steps
 
 
 async def test_letters_of_one_saga_are_replayed_in_order_and_wait_behind_one_that_dies_again(stage: Stage) -> None:

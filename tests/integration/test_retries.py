@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -23,6 +24,7 @@ from tests.support.flows import (
     ChargeCard,
     Charged,
     FakeBus,
+    RefundCard,
     Stage,
     effects,
     enveloped,
@@ -324,6 +326,33 @@ async def test_f47_a_message_that_kills_its_process_is_given_up_on_and_the_other
     assert len(await stage.handled()) == 3
 
 
+async def test_a_suspect_and_who_has_its_key_do_not_wait_for_each_other(stage: Stage) -> None:
+    """Who had the key once kept it while it waited until nobody was alone, and who was alone waited for the key."""
+    script = Script()
+    script.failures = {"suspect": 1}
+    group = await stage.start(replace(script.handler, key=lambda _: "the same"))
+    await stage.send(charge("suspect"))
+    await stage.delayed(1)
+    script.hold = asyncio.Event()
+    await stage.send(charge("first"), charge("second"))
+
+    async def are_begun() -> bool:
+        return len(script.attempts) == 2 and len(group.runners[script.handler.name]._running) == 2
+
+    await until(are_begun)
+    async with transaction(stage.engine) as connection:  # somebody has tried it, and died
+        await connection.execute(retry.update().values(begun_at=START, due_at=START))
+    await stage.clock.pass_sleep(0.4)
+
+    async def is_claimed_for() -> bool:
+        return group._tools.isolation.is_taken
+
+    await until(is_claimed_for)
+    script.hold.set()
+    assert {(await stage.replies.next()).type for _ in range(3)} == {"charged"}
+    assert script.attempts == {"suspect": [1, 2], "first": [1], "second": [1]}
+
+
 @pytest.mark.postgres
 async def test_a_message_that_is_due_is_tried_by_one_process(two: tuple[Stage, Stage]) -> None:
     first, second = two
@@ -417,6 +446,112 @@ async def test_a_process_whose_lease_has_passed_on_does_not_touch_the_try_of_ano
     second.set()
     assert (await other.replies.next()).type == "charged"
     await no_rows(other)
+
+
+async def test_a_process_that_could_not_renew_its_leases_takes_nothing_from_itself(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once took its own rows for those of a dead process, waited for itself, and did nothing else for ever."""
+    script = Script(replace(SLOW, attempts=9))
+    script.failures = {"1": 1, "2": 1}
+    done: list[str] = []
+
+    @handles(RefundCard)
+    async def refund_card(command: RefundCard) -> None:
+        done.append(command.order)
+
+    group = await stage.start(replace(script.handler, concurrency=1), refund_card)
+    runner = group.runners[script.handler.name]
+    await stage.send(charge("1"), charge("2"))
+    for _ in range(2):
+        await script.begun.get()
+
+    async def both_wait() -> bool:
+        return [row.begun_at for row in await stage.waiting()] == [None, None]
+
+    async def both_taken() -> bool:
+        return len(runner.parked) == 2
+
+    await until(both_wait)
+    script.hold = asyncio.Event()
+    stage.clock.advance(12)
+    async with asyncio.timeout(PATIENCE):
+        await script.begun.get()
+    await until(both_taken)
+    failed = 0
+
+    async def is_away(_: Any) -> None:
+        nonlocal failed
+        failed += 1
+        raise ConnectionRefusedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.retries, "renew", is_away)
+        stage.clock.advance(LEASE + 1)
+
+        async def is_asked_for() -> bool:
+            return failed > 0
+
+        await until(is_asked_for)
+    looked = stage.clock.sleeps
+    stage.clock.advance(0.4)
+
+    async def has_looked() -> bool:
+        return stage.clock.sleeps > looked and all(row.due_at > stage.clock.now() for row in await stage.waiting())
+
+    await until(has_looked)
+    await stage.send(enveloped(RefundCard(order="3")))
+
+    async def is_done() -> bool:
+        return done == ["3"]
+
+    await until(is_done)
+    assert [row.crashes for row in await stage.waiting()] == [0, 0]
+    script.hold.set()
+    for _ in range(2):
+        assert (await stage.replies.next()).type == "charged"
+    assert sorted(script.attempts.values()) == [[1, 2], [1, 2]]
+    await no_rows(stage)
+
+
+async def test_a_row_that_its_own_process_holds_is_not_claimed_although_its_lease_has_lapsed(stage: Stage) -> None:
+    script = Script()
+    script.failures = {"1": 1}
+    await stage.start(script.handler)
+    await stage.send(charge())
+    row = await stage.delayed(1)
+    await stage.close()
+    stage.clock.advance(20)
+    [held] = await stage.retries.claim(script.handler.name, 1)
+    stage.clock.advance(LEASE + 1)
+    assert await stage.retries.claim(script.handler.name, 1, held=[row.id], suspects=True) == []
+    [taken] = await stage.retries.claim(script.handler.name, 1, suspects=True)
+    assert (taken.id, taken.crashes) == (held.id, 1)
+
+
+async def test_a_suspect_that_cannot_be_tried_now_is_not_asked_for_again_at_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was once, for as long as a duplicate of it was in work, and that could not begin."""
+    script = Script()
+    group = await stage.start(script.handler)
+    runner = group.runners[script.handler.name]
+    claims = 0
+
+    async def claim(*_: Any, **__: Any) -> list[Any]:
+        nonlocal claims
+        claims += 1
+        assert claims < 3
+        return ["a row"]
+
+    async def cannot(_: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(stage.retries, "claim", claim)
+    monkeypatch.setattr(runner, "run_at_once", cannot)
+    group._suspects = {script.handler.name}
+    await group._try_suspects()
+    assert claims == 1
 
 
 async def test_a_breaker_stops_the_queue_and_asks_with_one_message_at_a_time(stage: Stage) -> None:

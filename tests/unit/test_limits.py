@@ -217,6 +217,33 @@ async def test_who_is_alone_is_quite_alone_and_nobody_overtakes_him() -> None:
     assert inside.here == set()
 
 
+async def test_who_wants_to_be_alone_again_and_again_lets_the_others_in_between() -> None:
+    """They once waited for as long as there was another one: he asked before those who were woken could run."""
+    isolation, inside = Isolation(), Inside()
+    leave: asyncio.Queue[None] = asyncio.Queue()
+    alone = 0
+
+    async def again_and_again() -> None:
+        nonlocal alone
+        while True:
+            async with isolation.alone():
+                alone += 1
+                await leave.get()
+
+    task = asyncio.create_task(again_and_again())
+    await settle()
+    await inside.enter("one", isolation.shared)
+    await inside.enter("two", isolation.shared)
+    await inside.cancel("two")
+    leave.put_nowait(None)
+    await settle()
+    assert (inside.here, alone) == ({"one"}, 1)
+    await inside.leave("one")
+    assert alone == 2
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_who_no_longer_wants_to_be_alone_lets_the_others_in() -> None:
     isolation, inside = Isolation(), Inside()
     await inside.enter("one", isolation.shared)

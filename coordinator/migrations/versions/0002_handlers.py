@@ -15,6 +15,7 @@ depends_on = None
 
 _Json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 _is_dead = sa.text("status = 'dead'")
+_is_replayed = sa.text("dead_letter_id IS NOT NULL")
 
 
 def _added() -> list[sa.Column[Any]]:
@@ -38,13 +39,8 @@ def upgrade() -> None:
     with op.batch_alter_table("dead_letter") as table:  # what is there now has a value, and new rows bring one
         table.alter_column("fingerprint", server_default=None)
         table.alter_column("status", server_default=None)
-    op.create_index(
-        "ix_dead_letter_open",
-        "dead_letter",
-        ["consumer", "id"],
-        postgresql_where=_is_dead,
-        sqlite_where=_is_dead,
-    )
+    for name, columns in (("ix_dead_letter_open", ["consumer", "id"]), ("ix_dead_letter_saga", ["saga_id", "id"])):
+        op.create_index(name, "dead_letter", columns, postgresql_where=_is_dead, sqlite_where=_is_dead)
     with op.batch_alter_table("inbox") as table:
         table.add_column(sa.Column("content", sa.LargeBinary()))
     with op.batch_alter_table("saga_history") as table:
@@ -78,6 +74,13 @@ def upgrade() -> None:
     )
     op.create_index("uq_retry_message_key_consumer", "retry", ["message_key", "consumer"], unique=True)
     op.create_index("ix_retry_consumer_due_at", "retry", ["consumer", "due_at"])
+    op.create_index(
+        "ix_retry_replayed",
+        "retry",
+        ["saga_id", "dead_letter_id"],
+        postgresql_where=_is_replayed,
+        sqlite_where=_is_replayed,
+    )
     op.create_table(
         "handler_setting",
         sa.Column("handler", sa.Text(), nullable=False),
@@ -122,7 +125,8 @@ def downgrade() -> None:
         history.drop_column("actor")
     with op.batch_alter_table("inbox") as inbox:
         inbox.drop_column("content")
-    op.drop_index("ix_dead_letter_open", "dead_letter")
+    for name in ("ix_dead_letter_saga", "ix_dead_letter_open"):
+        op.drop_index(name, "dead_letter")
     with op.batch_alter_table("dead_letter") as dead_letter:
         for column in reversed(_added()):
             dead_letter.drop_column(column.name)
