@@ -20,7 +20,7 @@ test: test-servers  ## run all tests, with servers from TEST_AMQP_URL and TEST_P
 test-unit:  ## run the tests that need no server
 	$(PYTEST) tests/unit
 
-test-containers:  ## run the integration tests against containers, with a Docker daemon of their own if none runs
+test-containers:  ## run the tests of bus, schema and store against containers, with a Docker daemon of their own if none runs
 	scripts/containers.sh
 
 .PHONY: test-servers

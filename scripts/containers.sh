@@ -1,5 +1,6 @@
 #!/bin/sh
-# containers.sh [PYTEST ARGUMENT...]   runs the integration tests against RabbitMQ and PostgreSQL in containers.
+# containers.sh [PYTEST ARGUMENT...]   runs tests against RabbitMQ and PostgreSQL in containers: those of bus, schema and
+# store, or what the arguments say.
 #
 # Takes the Docker daemon that answers; as root on a machine without one it starts its own, and ends it afterwards.
 # Takes the usual images, which TEST_RABBITMQ_IMAGE and TEST_POSTGRES_IMAGE may replace; where they are not to be had
@@ -98,5 +99,8 @@ if [ -n "$daemon" ]; then
 fi
 
 export TEST_SERVERS=containers TEST_RABBITMQ_IMAGE="$rabbitmq" TEST_POSTGRES_IMAGE="$postgres"
-[ $# -gt 0 ] || set -- -m "rabbitmq or postgres" tests/integration # the others do not see the difference
+# The others see a server, not where it runs: `make test` is enough for them.
+[ $# -gt 0 ] || set -- -m "rabbitmq or postgres" tests/integration/test_servers.py \
+  tests/integration/test_bus_conformance.py tests/integration/test_rabbitmq.py tests/integration/test_schema.py \
+  tests/integration/test_store.py
 scripts/dev.sh pytest "$@"

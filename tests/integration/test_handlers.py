@@ -498,12 +498,12 @@ async def test_a_handler_that_hangs_is_cancelled_after_its_timeout_and_given_up_
             cancelled.append("yes")
             raise
 
-    @handles(ChargeCard, retry=ONCE, timeout=0.01, name="slow")
+    @handles(ChargeCard, retry=ONCE, timeout=0.5, name="slow")
     async def without_session(command: ChargeCard) -> None:
         assert command.order
         await hang()
 
-    @handles(ChargeCard, retry=ONCE, timeout=0.01, name="slow")
+    @handles(ChargeCard, retry=ONCE, timeout=0.5, name="slow")
     async def with_session(command: ChargeCard, session: AsyncSession) -> None:
         await session.execute(effects.insert().values(what=command.order))
         await hang()

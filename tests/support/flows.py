@@ -37,7 +37,7 @@ from handlers.retries import Retries
 from handlers.tables import inbox, retry
 from handlers.tools import Tools
 
-PATIENCE = 30  # seconds before a test gives up on something that must happen
+PATIENCE = 60  # seconds before a test gives up on something that must happen
 START = datetime(2026, 1, 1, tzinfo=UTC)
 REPLY_TO = "tests"
 SOURCE = "/tests"
@@ -446,7 +446,7 @@ class Stage:
 async def open_stage(database_url: str, *, embedded: bool = False, amqp_url: str | None = None) -> AsyncIterator[Stage]:
     """A stage over a database; the bus is in memory, in the SQLite file, or a RabbitMQ server."""
     clock = ManualClock()
-    engine = open_database(database_url)
+    engine = open_database(database_url, pool_size=16)  # as a process has it: handlers need some at the same time
     bus: Bus = FakeBus()
     if embedded:
         bus = EmbeddedBus(engine, clock=clock)
