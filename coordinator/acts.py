@@ -6,9 +6,10 @@ what could be done instead; nothing is changed then.
 
 from coordinator.decision import Acted, Verb
 from coordinator.draft import Draft
-from coordinator.instance import Status, StepState, StepStatus
+from coordinator.instance import Status, StepState, StepStatus, step_and_item
+from coordinator.requests import send, try_anew, undo
 from coordinator.steps import Step
-from coordinator.walk import send, try_anew, undo, walk
+from coordinator.walk import walk
 from events.envelope import Direction
 from events.errors import CoordinatorError
 
@@ -35,11 +36,12 @@ def act(draft: Draft, given: Acted) -> None:
         case Verb.COMPENSATE:
             _compensate(draft, given)
         case Verb.RETRY:
-            _retry(draft, *_step(draft, given))
+            name, at = _begun(draft, given)
+            _retry(draft, _step(draft, name), name, at)
         case Verb.SKIP:
-            _skip(draft, *_step(draft, given))
+            _skip(draft, *_begun(draft, given))
         case Verb.MOVE_DEADLINE:
-            _move(draft, given, *_step(draft, given))
+            _move(draft, given, *_begun(draft, given))
     walk(draft)
 
 
@@ -61,45 +63,45 @@ def _compensate(draft: Draft, given: Acted) -> None:
     draft.turn_back(f"compensated by {given.by}: {given.why}")
 
 
-def _retry(draft: Draft, step: Step, at: StepState) -> None:
+def _retry(draft: Draft, step: Step, name: str, at: StepState) -> None:
     """Send the step's command again: the outstanding one as it is, one that has failed as a new attempt."""
     match at.status:
-        case StepStatus.RUNNING:
-            send(draft, step, Direction.DO, at.attempt, at.sends + 1)
-        case StepStatus.UNDOING:
-            send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
+        case StepStatus.RUNNING if at.fan is None:
+            send(draft, step, name, Direction.DO, at.attempt, at.sends + 1)
+        case StepStatus.UNDOING if at.fan is None:
+            send(draft, step, name, Direction.UNDO, at.undo_attempt, at.sends + 1)
         case StepStatus.RETRYING:
-            try_anew(draft, step)
+            try_anew(draft, step, name)
         case StepStatus.UNDO_RETRYING:
-            undo(draft, step)
-        case StepStatus.UNDO_FAILED:
-            draft.status = Status.COMPENSATING
-            undo(draft, step)
+            undo(draft, step, name)
+        case StepStatus.UNDO_FAILED if at.fan is None:
+            draft.reopen(name)
+            undo(draft, step, name)
         case _ if _is_stuck(draft, at):
             draft.status = Status.RUNNING
-            try_anew(draft, step)
+            try_anew(draft, step, name)
         case _:
-            raise NotPossibleError(f"step {step.name} is {at.status}; there is nothing to retry")
+            raise NotPossibleError(f"step {name} is {at.status}; there is nothing to retry")
 
 
-def _skip(draft: Draft, step: Step, at: StepState) -> None:
-    """Count what has failed as done: somebody has seen to it by hand, or it is not needed."""
-    if at.status in (StepStatus.UNDO_FAILED, StepStatus.UNDO_RETRYING):
-        draft.settle(step.name, StepStatus.UNDONE)
-        draft.status = Status.COMPENSATING
-    elif at.status is StepStatus.RETRYING or _is_stuck(draft, at):
-        draft.settle(step.name, StepStatus.SUCCEEDED)
+def _skip(draft: Draft, name: str, at: StepState) -> None:
+    """Count what has failed as done: somebody has seen to it by hand, or it is not needed; also what is waited for."""
+    if at.status in (StepStatus.UNDO_FAILED, StepStatus.UNDO_RETRYING) and at.fan is None:
+        draft.settle(name, StepStatus.UNDONE)
+        draft.reopen(name)
+    elif at.status in (StepStatus.RETRYING, StepStatus.WAITING) or _is_stuck(draft, at):
+        draft.settle(name, StepStatus.SUCCEEDED)
         draft.status = Status.RUNNING
     else:
-        raise NotPossibleError(f"step {step.name} is {at.status}; only what has failed for good can be skipped")
+        raise NotPossibleError(f"step {name} is {at.status}; only what has failed for good, or waits, can be skipped")
 
 
-def _move(draft: Draft, given: Acted, step: Step, at: StepState) -> None:
+def _move(draft: Draft, given: Acted, name: str, at: StepState) -> None:
     if not at.status.pending or at.due_at is None or not draft.status.in_flight:
-        raise NotPossibleError(f"step {step.name} is {at.status}; it has no deadline that could be moved")
+        raise NotPossibleError(f"step {name} is {at.status}; it has no deadline that could be moved")
     if given.until is None or given.until <= given.now:
         raise NotPossibleError("a deadline is moved to a time to come")
-    draft.set(step.name, due_at=given.until)
+    draft.set(name, due_at=given.until)
 
 
 def _is_stuck(draft: Draft, at: StepState) -> bool:
@@ -113,9 +115,17 @@ def _refuse_past_pivot(draft: Draft) -> None:
         raise NotPossibleError("its pivot has begun: there is no way back; retry or skip the step that is stuck")
 
 
-def _step(draft: Draft, given: Acted) -> tuple[Step, StepState]:
-    step, at = draft.definition.by_name.get(given.step or ""), draft.steps.get(given.step or "")
-    if step is None or at is None:
+def _begun(draft: Draft, given: Acted) -> tuple[str, StepState]:
+    name = given.step or ""
+    at = draft.steps.get(name)
+    if at is None or step_and_item(name)[0] not in draft.definition.by_name:
         begun = ", ".join(name for name in draft.steps if name in draft.definition.by_name) or "none"
         raise NotPossibleError(f"the saga has begun no step {given.step!r}; it has begun: {begun}")
-    return step, at
+    return name, at
+
+
+def _step(draft: Draft, name: str) -> Step:
+    step = draft.definition.step_of(name)
+    if step is None:
+        raise NotPossibleError(f"{name} waits; there is nothing to retry. It can be skipped, or its deadline moved")
+    return step

@@ -68,6 +68,10 @@ class App:
         for saga in self.sagas:
             for start in saga.definition.starts:
                 yield start.event
+                if start.undone_by is not None:
+                    yield start.undone_by
+            for wait in saga.definition.waits:
+                yield from wait.events
             for step in saga.definition.steps:
                 for hook in (step.on_succeeded, step.on_declined):
                     if hook is not None:

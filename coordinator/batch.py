@@ -1,83 +1,50 @@
 """What a batch of messages and deadlines amounts to: decided on in memory, for the engine to write."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
 from opentelemetry.trace import SpanKind
 from pydantic_core import from_json
 
-from coordinator.decide import decide, describe, give_up
-from coordinator.decision import Acted, Announcement, Decision, Elapsed, Input, Replied, Request, Started
+from coordinator.decide import decide, describe, give_up, start
+from coordinator.decision import (
+    Acted,
+    Answer,
+    Asked,
+    Decision,
+    Elapsed,
+    Happened,
+    Input,
+    Recalled,
+    Replied,
+    Started,
+)
 from coordinator.definition import SagaDefinition
-from coordinator.instance import Instance, Status, StepStatus
+from coordinator.facts import Facts, child_id
+from coordinator.instance import Instance, Origin, Status, StepStatus
+from coordinator.outgoing import Outgoing
+from coordinator.sagas import CONSUMER, Sagas, UnknownSagaError
 from coordinator.store import HistoryRow
+from coordinator.waiting import Begun, Correlation, Parked, correlations
+from coordinator.waits import Early
 from events import tracing
 from events.codec import Readable
 from events.dead_letters import DeadLetter
 from events.derive import derive_id
-from events.envelope import Direction, Envelope, Result, SagaLink, wrap
+from events.envelope import Direction, Envelope, Result, SagaLink
 from events.errors import CoordinatorError, InvalidMessageError, RejectedError
 from events.ids import Ids
 from events.intake import Item
-from events.message import Event, Failed, Message, Refused
-from events.outbox import Outbound, route
-from events.registry import Registry
+from events.message import Event, Failed, Message, Succeeded
+from events.outbox import Outbound
 from handlers.retries import row_of
 
 logger = logging.getLogger(__name__)
 
-REPLY_ADDRESS = "coordinator"
-CONSUMER = "coordinator"
-
 Note = Callable[[], None]
-
-
-class UnknownSagaError(RejectedError):
-    """No saga instance or definition here has this name; deploy its code or restore its row, then replay."""
-
-    code = "unknown_saga"
-
-
-class Sagas:
-    """The saga definitions of an application, as its coordinator looks them up."""
-
-    def __init__(self, definitions: Iterable[SagaDefinition]) -> None:
-        self.by_version = {(each.name, each.version): each for each in definitions}
-        self.starts: dict[str, list[SagaDefinition]] = {}
-        self.registry = Registry([Failed, Refused])
-        for definition in self._newest():
-            for start in definition.starts:
-                self.starts.setdefault(start.event.message_type, []).append(definition)
-                self.registry.add(start.event)
-        for definition in self.by_version.values():
-            for step in definition.steps:
-                for hook in (step.on_succeeded, step.on_declined):
-                    if hook is not None:
-                        self.registry.add(hook.outcome)
-
-    def of(self, instance: Instance) -> SagaDefinition:
-        """Return the definition that `instance` was started with.
-
-        Raises:
-            UnknownSagaError: it is not part of this application.
-        """
-        definition = self.by_version.get((instance.saga, instance.version))
-        if definition is None:
-            raise UnknownSagaError(
-                f"the saga {instance.saga} version {instance.version} is not part of this application"
-            )
-        return definition
-
-    def _newest(self) -> list[SagaDefinition]:
-        newest: dict[str, SagaDefinition] = {}
-        for definition in self.by_version.values():
-            known = newest.get(definition.name)
-            if known is None or known.version < definition.version:
-                newest[definition.name] = definition
-        return list(newest.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +73,39 @@ class Batch:
         history: the transitions.
         messages: what to send, each with the id of the instance that sends it.
         letters: messages that cannot be taken.
+        begun: parts of flows that begin to wait, by instance and step.
+        over: parts that wait no more, with the types of what they have waited for.
+        parked: events that no instance waits for yet.
+        taken: the keys of messages that shall not be taken a second time.
     """
 
-    def __init__(self, sagas: Sagas, ports: Ports, loaded: Mapping[UUID, Instance]) -> None:
+    def __init__(self, sagas: Sagas, ports: Ports, facts: Facts) -> None:
         self._sagas = sagas
         self._ports = ports
-        self.loaded = loaded
-        self.current = dict(loaded)
+        self._facts = facts
+        self.loaded = facts.loaded
+        self.current = dict(facts.loaded)
+        self.begun: dict[tuple[UUID, str], Begun] = {}
+        self.over: list[tuple[UUID, str, tuple[str, ...]]] = []
+        self.parked: list[Parked] = []
+        self.taken: set[UUID] = set()
         self.new: dict[tuple[str, str], Instance] = {}
         self.history: list[HistoryRow] = []
         self.messages: list[tuple[UUID, Outbound]] = []
         self.letters: list[DeadLetter] = []
         self._notes: list[Note] = []
+        self._refusals: list[tuple[UUID, Outbound]] = []
+        self._dropped: set[UUID] = set()
 
     @property
     def changed(self) -> list[Instance]:
         """The loaded instances of which something was decided."""
         return [instance for identity, instance in self.current.items() if instance is not self.loaded[identity]]
+
+    @property
+    def fresh(self) -> list[Instance]:
+        """The new instances that were not dropped."""
+        return [instance for instance in self.new.values() if instance.id not in self._dropped]
 
     def take(self, item: Item) -> None:
         """Decide on one message; whatever is wrong with it ends as a dead letter and spoils nothing else."""
@@ -130,10 +113,13 @@ class Batch:
         try:
             if not isinstance(part, Readable):
                 raise part.error  # noqa: TRY301  # one way to end up as a dead letter
-            if part.envelope.saga is not None:
-                self._take_reply(item, part.envelope, part.envelope.saga)
+            envelope = part.envelope
+            if self._sagas.is_for_child(envelope):
+                self._take_command(item, envelope)
+            elif envelope.saga is not None:
+                self._take_reply(item, envelope, envelope.saga)
             else:
-                self._take_event(item, part.envelope)
+                self._take_event(item, envelope)
         except Exception as error:  # noqa: BLE001  # user code of a start method raises what it likes
             self.reject(item, error)
 
@@ -178,14 +164,16 @@ class Batch:
 
     def drop(self, duplicates: Iterable[UUID]) -> None:
         """Forget new instances whose business key turns out to be taken, with all that they caused."""
-        dropped = set(duplicates)
+        dropped = self._dropped = set(duplicates)
         if not dropped:
             return
         for instance in self.new.values():
             if instance.id in dropped:
                 self._note_duplicate(instance)
+                self._refuse_child(instance)
         self.history = [row for row in self.history if row[0] not in dropped]
-        self.messages = [message for message in self.messages if message[0] not in dropped]
+        self.messages = [message for message in self.messages if message[0] not in dropped] + self._refusals
+        self.begun = {key: begun for key, begun in self.begun.items() if begun.saga_id not in dropped}
 
     def log(self) -> None:
         """Say what has happened; to be called after the commit, since only then it has."""
@@ -196,27 +184,155 @@ class Batch:
 
     def _take_event(self, item: Item, envelope: Envelope) -> None:
         event = self._sagas.registry.read(envelope)
-        definitions = self._sagas.starts.get(envelope.type)
-        if definitions is None or not isinstance(event, Event):
-            raise UnknownSagaError(f"no saga here starts on {envelope.type}")
+        starts, awaited = self._sagas.starts.get(envelope.type, []), self._sagas.awaited.get(envelope.type, [])
+        if not (starts or awaited) or not isinstance(event, Event):
+            raise UnknownSagaError(f"no saga here starts on {envelope.type}, or waits for it")
+        # All of the starts or, after an error, none; and nobody has heard of the event then.
+        started = [self._start(definition, item, envelope, event) for definition in starts]
+        found = correlations(awaited, event)
+        for decision, messages in started:
+            self._add_new(decision, messages)
+        if not found:
+            return
+        if envelope.key in self._facts.taken or envelope.key in self.taken:
+            self._note("%s %s has come before", envelope.type, envelope.id, action="saga.duplicate_event")
+            return
+        self.taken.add(envelope.key)
+        for correlation in found:
+            self._hand_over(item, envelope, event, correlation)
+
+    def _start(
+        self, definition: SagaDefinition, item: Item, envelope: Envelope, message: Message, origin: Origin | None = None
+    ) -> tuple[Decision, list[Outbound]]:
         parent, links = tracing.parent_and_links(envelope.traceparent, envelope.tracestate, item.transport)
-        decided: list[tuple[Decision, list[tuple[UUID, Outbound]]]] = []
-        for definition in definitions:
-            with tracing.span(f"saga {definition.name}", parent=parent, kind=SpanKind.CONSUMER, links=links) as span:
-                traceparent = tracing.traceparent_of(span)
-                given = Started(self._ports.ids.new(), event, envelope.id, self._ports.now(), traceparent)
-                decision = decide(definition, None, given)
-                if decision is None:
-                    continue
-                instance = decision.instance
-                span.set_attributes({"saga.id": str(instance.id), "saga.key": instance.key, "saga.name": instance.saga})
-                if (instance.saga, instance.key) in self.new:
-                    self._note_duplicate(instance)
-                else:
-                    decided.append((decision, self._messages(decision, envelope.id, traceparent)))
-        for decision, messages in decided:  # all of them or, after an error, none
-            self.new[decision.instance.saga, decision.instance.key] = decision.instance
-            self._keep(decision, messages)
+        with tracing.span(f"saga {definition.name}", parent=parent, kind=SpanKind.CONSUMER, links=links) as span:
+            traceparent = tracing.traceparent_of(span)
+            identity = self._ports.ids.new() if origin is None else child_id(origin.saga_id, origin.step)
+            given = Started(identity, message, envelope.id, self._ports.now(), traceparent, origin)
+            decision = start(definition, given)
+            instance = decision.instance
+            span.set_attributes({"saga.id": str(instance.id), "saga.key": instance.key, "saga.name": instance.saga})
+            return decision, self._outgoing(envelope.id, traceparent).of(decision)
+
+    def _add_new(self, decision: Decision, messages: list[Outbound]) -> None:
+        instance = decision.instance
+        if (instance.saga, instance.key) in self.new:
+            self._note_duplicate(instance)
+            self._refuse_child(instance)
+            self.messages += self._refusals
+            self._refusals.clear()
+            return
+        self.new[instance.saga, instance.key] = instance
+        self._keep(decision, messages)
+
+    def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> None:
+        """Give an event to the instances that wait for it; if there is none, do what is to be done with early ones."""
+        waiting = self._facts.standing.get(correlation.id, [])
+        if correlation.key is not None and not waiting:
+            named = self._facts.by_key.get((correlation.saga, correlation.key))
+            waiting = [] if named is None else [(named, correlation.wait.name)]
+        if [each for each in waiting if self._happen(item, envelope, event, *each)]:
+            return
+        match correlation.wait.early:
+            case Early.PARK:
+                identity = derive_id(envelope.key, "parked", correlation.saga, str(correlation.id))
+                self.parked.append(Parked(identity, correlation, envelope.type, envelope.encode()))
+            case Early.DEAD_LETTER:
+                detail = f"no {correlation.saga} waits for it"
+                self.letters.append(DeadLetter(item, CONSUMER, "early", detail))
+            case Early.IGNORE:
+                what = ("%s %s is ignored: no %s waits for it", envelope.type, envelope.id, correlation.saga)
+                self._note(*what, action="saga.early_event")
+
+    def take_parked(self, saga: str, item: Item) -> None:
+        """Decide on an event that was parked for a saga, and that an instance waits for now."""
+        if not isinstance(item.part, Readable):
+            raise item.part.error
+        envelope = item.part.envelope
+        event = self._sagas.registry.read(envelope)
+        if not isinstance(event, Event):
+            raise InvalidMessageError(f"{envelope.type} is no event")
+        for correlation in correlations(self._sagas.awaited.get(envelope.type, []), event):
+            if correlation.saga == saga:
+                for waiting in self._facts.standing.get(correlation.id, []):
+                    self._happen(item, envelope, event, *waiting)
+
+    def _happen(self, item: Item, envelope: Envelope, event: Event, saga_id: UUID, step: str) -> bool:
+        """Say whether the instance was concerned: it waited, or did once."""
+        instance = self.current.get(saga_id)
+        if instance is None:
+            return False
+        given = Happened(step, event, envelope.id, self._ports.now())
+        links = [link for link in (envelope.traceparent, item.transport) if link]
+        try:
+            definition = self._sagas.of(instance)
+            self._decide(definition, instance, given, f"{step} {envelope.type}", cause=envelope.id, links=links)
+        except Exception as error:
+            logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
+            self.stop(instance, f"{step} cannot take {envelope.type}: {error!r}")
+        return self.current[saga_id] is not instance
+
+    def _take_command(self, item: Item, envelope: Envelope) -> None:
+        """A parent asks for what its child is there for, or to undo it."""
+        link = envelope.saga
+        if link is None or envelope.reply_to is None:
+            raise InvalidMessageError(f"{envelope.type} starts a child; only a step of a saga can send it")
+        origin = Origin(link.saga_id, link.step, link.attempt, envelope.reply_to)
+        identity, now = child_id(link.saga_id, link.step), self._ports.now()
+        instance = self._known(identity)
+        if instance is not None:
+            given = (
+                Asked(origin, envelope.id, now)
+                if link.direction is Direction.DO
+                else Recalled(link.attempt, envelope.id, now)
+            )
+            self._decide(self._sagas.of(instance), instance, given, given.__class__.__name__.lower(), cause=envelope.id)
+        elif link.direction is Direction.UNDO:
+            self._bar(envelope, link, replace(origin, undo_attempt=link.attempt), identity)
+        elif envelope.key in self._facts.taken or envelope.key in self.taken:
+            self._note("%s %s was undone before it began", envelope.type, envelope.id, action="saga.barred")
+        else:
+            message = self._sagas.registry.read(envelope)
+            decision, messages = self._start(self._sagas.children[envelope.type], item, envelope, message, origin)
+            self.taken.add(envelope.key)
+            self._add_new(decision, messages)
+
+    def _bar(self, envelope: Envelope, link: SagaLink, origin: Origin, identity: UUID) -> None:
+        """There is nothing to undo, and there shall not be: the command will find itself taken already."""
+        if link.undoes is not None:
+            self.taken.add(link.undoes)
+        undone = Answer(
+            derive_id(identity, "answer", "undo", link.attempt),
+            origin,
+            link.direction,
+            link.attempt,
+            Result.SUCCEEDED,
+            Succeeded(),
+        )
+        self.messages.append((identity, self._outgoing(envelope.id, envelope.traceparent).answer(undone)))
+
+    def _refuse_child(self, instance: Instance) -> None:
+        """Another saga has the business key of a child: its parent must know."""
+        if instance.origin is None:
+            return
+        reason = f"there is another {instance.saga} with the business key {instance.key}"
+        failed = Failed(code="duplicate_key", reason=reason, attempts=1)
+        origin = instance.origin
+        answer = Answer(
+            derive_id(instance.id, "answer", "do", origin.attempt),
+            origin,
+            Direction.DO,
+            origin.attempt,
+            Result.FAILED,
+            failed,
+        )
+        self._refusals.append((instance.id, self._outgoing(None, instance.traceparent).answer(answer)))
+
+    def _known(self, identity: UUID) -> Instance | None:
+        return self.current.get(identity) or next((each for each in self.new.values() if each.id == identity), None)
+
+    def _outgoing(self, cause: str | None, traceparent: str | None) -> Outgoing:
+        return Outgoing(self._ports.source, self._ports.time, cause, traceparent)
 
     def _take_reply(self, item: Item, envelope: Envelope, saga: SagaLink) -> None:
         if saga.result is None:
@@ -242,7 +358,7 @@ class Batch:
 
     def _outcome(self, definition: SagaDefinition, saga: SagaLink, envelope: Envelope) -> Message | None:
         """Return the outcome's message where somebody is going to look at it."""
-        step = definition.by_name.get(saga.step)
+        step = definition.step_of(saga.step)
         if step is None:
             return None
         hook = step.on_succeeded if saga.result is Result.SUCCEEDED else step.on_declined
@@ -272,63 +388,36 @@ class Batch:
             decision = decide(definition, instance, given)
             if decision is None:
                 return
-            messages = self._messages(decision, cause, tracing.traceparent_of(span))
-            self.current[instance.id] = decision.instance
+            messages = self._outgoing(cause, tracing.traceparent_of(span)).of(decision)
+            if instance.id in self.loaded:
+                self.current[instance.id] = decision.instance
+            else:
+                self.new[instance.saga, instance.key] = decision.instance
             self._keep(decision, messages)
             if decision.instance.status is Status.NEEDS_ATTENTION:
                 tracing.mark_failed(span, decision.instance.reason or "")
                 if instance.status is not Status.NEEDS_ATTENTION:
                     self._notes.append(lambda: _alert(decision.instance))
 
-    def _keep(self, decision: Decision, messages: Iterable[tuple[UUID, Outbound]]) -> None:
-        self.history.append((decision.instance.id, decision.instance.revision, decision.entry))
-        self.messages += messages
-
-    # Sending
-
-    def _messages(self, decision: Decision, cause: str | None, traceparent: str | None) -> list[tuple[UUID, Outbound]]:
+    def _keep(self, decision: Decision, messages: Iterable[Outbound]) -> None:
         instance = decision.instance
-        return [
-            *((instance.id, self._command(instance, each, cause, traceparent)) for each in decision.requests),
-            *((instance.id, self._event(instance, each, cause, traceparent)) for each in decision.announcements),
-        ]
-
-    def _command(self, instance: Instance, request: Request, cause: str | None, traceparent: str | None) -> Outbound:
-        envelope = wrap(
-            request.command,
-            id=str(request.id),
-            source=self._ports.source,
-            time=self._ports.time(),
-            correlation_id=str(instance.id),
-            causation_id=cause,
-            traceparent=traceparent,
-            saga=SagaLink(
-                instance.id,
-                request.step,
-                request.direction,
-                request.attempt,
-                undoes=request.undoes,
-                undoes_type=request.undoes_type,
-            ),
-            reply_to=REPLY_ADDRESS,
-        )
-        return Outbound(envelope, route(request.command), request.command.bundle_limit)
-
-    def _event(
-        self, instance: Instance, announcement: Announcement, cause: str | None, traceparent: str | None
-    ) -> Outbound:
-        envelope = wrap(
-            announcement.event,
-            id=str(announcement.id),
-            source=self._ports.source,
-            time=self._ports.time(),
-            correlation_id=str(instance.id),
-            causation_id=cause,
-            traceparent=traceparent,
-        )
-        return Outbound(envelope, route(announcement.event), announcement.event.bundle_limit)
+        self.history.append((instance.id, instance.revision, decision.entry))
+        self.messages += [(instance.id, message) for message in messages]
+        if not (decision.waits or decision.over):
+            return
+        definition = self._sagas.of(instance)
+        events = {wait.name: tuple(each.message_type for each in wait.events) for wait in definition.waits}
+        for each in decision.waits:
+            begun = Begun(instance.id, instance.saga, each.step, events[each.step], each.values)
+            self.begun[instance.id, each.step] = begun
+        for step in decision.over:
+            if self.begun.pop((instance.id, step), None) is None:
+                self.over.append((instance.id, step, events[step]))
 
     # Saying
+
+    def _note(self, text: str, *about: str, action: str) -> None:
+        self._notes.append(lambda: logger.info(text, *about, extra={"action": action}))
 
     def _note_duplicate(self, instance: Instance) -> None:
         self._notes.append(

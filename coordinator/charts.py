@@ -1,9 +1,9 @@
 """A saga as a flowchart: Mermaid text, for a definition or for one instance with what was done and undone."""
 
 from coordinator.definition import SagaDefinition
-from coordinator.flow import Node, Parallel, Sequence, When, nodes
+from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, When, nodes
 from coordinator.instance import Instance, Status, StepStatus
-from coordinator.steps import Step
+from coordinator.waits import Delay, Wait
 
 _CLASSES = {
     StepStatus.RUNNING: "running",
@@ -15,6 +15,9 @@ _CLASSES = {
     StepStatus.UNDOING: "running",
     StepStatus.UNDONE: "undone",
     StepStatus.UNDO_FAILED: "refused",
+    StepStatus.WAITING: "running",
+    StepStatus.EXPIRED: "unknown",
+    StepStatus.CALLED_OFF: "undone",
 }
 Ends = list[tuple[str, str]]  # names of what is drawn, and what to write on the arrow that leaves it
 _STYLES = (
@@ -76,10 +79,11 @@ def _back(node: Node, before: list[str], lines: list[str]) -> list[str]:
         case When(parts=parts, otherwise=otherwise):
             ends = [end for part in parts for end in _back(part, before, lines)]
             return list(dict.fromkeys(ends if otherwise is not None else [*ends, *before]))
-    if node.undo is None:
+    step = node.step if isinstance(node, Each) else node
+    if isinstance(step, Wait | Delay) or step.undo is None:
         return before
     undo, compensated = f"undo_{node.name}", '    compensated(["compensated"])'
-    lines.append(f'    {undo}[/"{_text(node.undo.name)}"/]')
+    lines.append(f'    {undo}[/"{_text(step.undo.name)}"/]')
     lines.append(f"    {node.name} -. undo .-> {undo}")
     if not before and compensated not in lines:
         lines.append(compensated)
@@ -87,12 +91,21 @@ def _back(node: Node, before: list[str], lines: list[str]) -> list[str]:
     return [undo]
 
 
-def _label(step: Step, instance: Instance | None) -> str:
-    deadline = f"{step.deadline.timeout:g} s"
-    at = instance.steps.get(step.name) if instance else None
-    if at is None:
-        return _text(f"{step.name}<br/>within {deadline}")
-    return _text(f"{step.name}<br/>{at.status.value}")
+def _label(node: Leaf, instance: Instance | None) -> str:
+    at = instance.steps.get(node.name) if instance else None
+    if at is not None:
+        counted = f" ({at.fan.begun} of {at.fan.total} begun)" if at.fan else ""
+        return _text(f"{node.name}<br/>{at.status.value}{counted}")
+    match node:
+        case Wait():
+            within = "" if node.timeout is None else f"<br/>within {node.timeout:g} s"
+            return _text(f"{node.name}<br/>waits for {' or '.join(each.message_type for each in node.events)}{within}")
+        case Delay():
+            return _text(f"{node.name}<br/>waits")
+        case Each():
+            each = f"for each of {node.items.name}<br/>{node.limit} at a time"
+            return _text(f"{node.name}<br/>{each}, within {node.step.deadline.timeout:g} s")
+    return _text(f"{node.name}<br/>within {node.deadline.timeout:g} s")
 
 
 def _colours(definition: SagaDefinition, instance: Instance | None) -> list[str]:
@@ -102,13 +115,13 @@ def _colours(definition: SagaDefinition, instance: Instance | None) -> list[str]
     for node in nodes(definition.flow):
         if isinstance(node, When) and node.condition.name in instance.steps:
             lines.append(f"    class {node.condition.name} done")
-        if not isinstance(node, Step) or (at := instance.steps.get(node.name)) is None:
+        if not isinstance(node, Leaf) or (at := instance.steps.get(node.name)) is None:
             continue
-        step = node
-        lines.append(f"    class {step.name} {_CLASSES[at.status]}")
-        if step.undo is not None and at.undo_attempt:
+        lines.append(f"    class {node.name} {_CLASSES[at.status]}")
+        step = definition.step_of(node.name)
+        if step is not None and step.undo is not None and (at.undo_attempt or (at.fan and at.fan.unseen is not None)):
             undone = {StepStatus.UNDONE: "done", StepStatus.UNDO_FAILED: "refused"}.get(at.status, "running")
-            lines.append(f"    class undo_{step.name} {undone}")
+            lines.append(f"    class undo_{node.name} {undone}")
     if instance.status in (Status.COMPLETED, Status.COMPENSATED):
         ends = any(step.undo for step in definition.steps) or instance.status is Status.COMPLETED
         lines += [f"    class {instance.status.value} done"] if ends else []

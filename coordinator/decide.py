@@ -8,12 +8,24 @@ from dataclasses import replace
 from datetime import datetime
 
 from coordinator.acts import act
-from coordinator.decision import Acted, Decision, HistoryEntry, Input, Replied, Started
+from coordinator.decision import (
+    Acted,
+    Asked,
+    Decision,
+    Happened,
+    HistoryEntry,
+    Input,
+    Recalled,
+    Replied,
+    Started,
+)
 from coordinator.definition import SagaDefinition
 from coordinator.draft import MAX_REASON, Draft
 from coordinator.instance import Instance, Status, StepState, StepStatus
+from coordinator.requests import send, try_anew, undo
 from coordinator.steps import Step
-from coordinator.walk import send, try_anew, undo, walk
+from coordinator.waits import Delay, Wait
+from coordinator.walk import walk
 from events.envelope import Direction, Result
 from events.message import Failed, Message
 
@@ -26,16 +38,29 @@ def decide(definition: SagaDefinition, instance: Instance | None, given: Input) 
         Exception: whatever the saga's start method raises; every other method's error is an outcome.
     """
     if isinstance(given, Started):
-        return _start(definition, given)
+        return start(definition, given)
     if instance is None:
         raise ValueError("only a start event needs no instance")
-    draft = Draft(definition, instance, given.now)
-    if isinstance(given, Replied):
-        return _reply(draft, given)
-    if isinstance(given, Acted):
-        act(draft, given)
-        return draft.finish(given.verb.value, step=given.step, actor=given.by, why=given.why)
-    return _elapse(draft)
+    return _follow(Draft(definition, instance, given.now), given)
+
+
+def _follow(draft: Draft, given: Input) -> Decision | None:
+    decision: Decision | None
+    match given:
+        case Replied():
+            decision = _reply(draft, given)
+        case Happened():
+            decision = _happen(draft, given)
+        case Asked():
+            decision = _ask_again(draft, given)
+        case Recalled():
+            decision = _recall(draft, given)
+        case Acted():
+            act(draft, given)
+            decision = draft.finish(given.verb.value, step=given.step, actor=given.by, why=given.why)
+        case _:
+            decision = _elapse(draft)
+    return decision
 
 
 def give_up(instance: Instance, reason: str, now: datetime) -> Decision:
@@ -53,20 +78,28 @@ def give_up(instance: Instance, reason: str, now: datetime) -> Decision:
     return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason))
 
 
-def _start(definition: SagaDefinition, given: Started) -> Decision:
-    start = definition.start_for(given.event.message_type)
-    saga = start.__get__(None, definition.cls)(given.event)
+def start(definition: SagaDefinition, given: Started) -> Decision:
+    """Return what follows from what starts a saga.
+
+    Raises:
+        Exception: whatever the saga's start method raises.
+    """
+    method = definition.start_for(given.event.message_type)
+    saga = method.__get__(None, definition.cls)(given.event)
     if not isinstance(saga, definition.cls):
-        raise TypeError(f"{definition.cls.__name__}.{start.name} must return a {definition.cls.__name__}, not {saga!r}")
+        raise TypeError(
+            f"{definition.cls.__name__}.{method.name} must return a {definition.cls.__name__}, not {saga!r}"
+        )
     instance = Instance(
         id=given.saga_id,
         saga=definition.name,
         version=definition.version,
-        key=definition.key_of(start, saga),
+        key=definition.key_of(method, saga),
         status=Status.RUNNING,
         state=saga.to_state(),
         traceparent=given.traceparent,
         created_at=given.now,
+        origin=given.origin,
     )
     draft = Draft(definition, instance, given.now)
     walk(draft)
@@ -83,7 +116,7 @@ def _reply(draft: Draft, given: Replied) -> Decision:
         "message_id": given.message_id,
     }
     at = draft.steps.get(given.step)
-    step = draft.definition.by_name.get(given.step)
+    step = draft.definition.step_of(given.step)
     if at is None or step is None:
         return draft.finish("late_reply", **about)
     if at.awaits(given.direction, given.attempt) or _is_recovered(at, given):
@@ -97,55 +130,53 @@ def _reply(draft: Draft, given: Replied) -> Decision:
         _late_effect(draft, step, given)
         return draft.finish("late_success" if given.result is Result.SUCCEEDED else "late_failure", **about)
     if _is_late_undo(at, given):
-        _late_undo(draft, step)
+        _late_undo(draft, given.step)
         return draft.finish("late_undo", **about)
     return draft.finish("late_reply", **about)
 
 
 def _done(draft: Draft, step: Step, given: Replied) -> None:
     """Take in the outcome of a step."""
+    name, outcome = given.step, () if given.outcome is None else (given.outcome,)
     match given.result:
         case Result.SUCCEEDED:
-            draft.settle(step.name, StepStatus.SUCCEEDED)
-            if error := draft.apply(step.on_succeeded, given.outcome):
-                draft.turn_back(f"{step.name} succeeded, but {error}")
+            draft.settle(name, StepStatus.SUCCEEDED)
+            if error := draft.apply(step.on_succeeded if outcome else None, *outcome, name=name):
+                draft.turn_back(f"{name} succeeded, but {error}", name)
         case Result.DECLINED:
-            draft.settle(step.name, StepStatus.DECLINED)
-            error = draft.apply(step.on_declined, given.outcome)
-            draft.turn_back(f"{step.name} declined: {given.detail}" + (f"; {error}" if error else ""))
+            draft.settle(name, StepStatus.DECLINED)
+            error = draft.apply(step.on_declined if outcome else None, *outcome, name=name)
+            draft.fail(name, f"{name} declined: {given.detail}" + (f"; {error}" if error else ""))
         case Result.FAILED:
             # Tried in vain is not the same as not done: a call may have been answered too late to be seen.
-            _not_known(draft, step, f"{step.name} failed: {given.detail}", Result.FAILED)
+            _not_known(draft, step, name, f"{name} failed: {given.detail}", Result.FAILED)
 
 
 def _undone(draft: Draft, step: Step, given: Replied) -> None:
     """Take in the outcome of a compensation."""
     if given.result is Result.SUCCEEDED:
-        draft.settle(step.name, StepStatus.UNDONE)
+        draft.settle(given.step, StepStatus.UNDONE)
     else:
-        _not_undone(draft, step, f"{step.name} could not be undone: {given.detail}")
+        _not_undone(draft, step, given.step, f"{given.step} could not be undone: {given.detail}")
 
 
-def _not_known(draft: Draft, step: Step, reason: str, answer: Result | None = None) -> None:
+def _not_known(draft: Draft, step: Step, name: str, reason: str, answer: Result | None = None) -> None:
     """Nobody knows whether a step has happened: turn back, or where that cannot be, try it anew."""
-    at = draft.steps[step.name]
-    if not draft.is_past_pivot:
-        draft.settle(step.name, StepStatus.UNKNOWN, answer=answer)
-        draft.turn_back(reason)
-    elif at.attempt < step.recovery.attempts:
-        draft.wait(step.name, StepStatus.RETRYING, step.recovery.wait(at.attempt))
-    else:
-        draft.settle(step.name, StepStatus.UNKNOWN, answer=answer)
-        draft.turn_back(reason)
+    at = draft.steps[name]
+    if draft.is_past_pivot and draft.branch_turned_back(name) is None and at.attempt < step.recovery.attempts:
+        draft.wait(name, StepStatus.RETRYING, step.recovery.wait(at.attempt))
+        return
+    draft.settle(name, StepStatus.UNKNOWN, answer=answer)
+    draft.fail(name, reason)
 
 
-def _not_undone(draft: Draft, step: Step, reason: str) -> None:
+def _not_undone(draft: Draft, step: Step, name: str, reason: str) -> None:
     """A compensation has failed: it is asked for anew, or a person must look once the others are done."""
-    at = draft.steps[step.name]
+    at = draft.steps[name]
     if at.undo_attempt < step.undo_retry.attempts:
-        draft.wait(step.name, StepStatus.UNDO_RETRYING, step.undo_retry.wait(at.undo_attempt))
+        draft.wait(name, StepStatus.UNDO_RETRYING, step.undo_retry.wait(at.undo_attempt))
     else:
-        draft.settle(step.name, StepStatus.UNDO_FAILED)
+        draft.settle(name, StepStatus.UNDO_FAILED)
         draft.explain(reason)
 
 
@@ -174,24 +205,32 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
     A compensation that was sent before may have found nothing to undo, so it is sent again as a new attempt.
     Its idempotency key is the same, so what was undone already is not undone twice.
     """
-    error = draft.apply(step.on_succeeded, given.outcome if given.result is Result.SUCCEEDED else None)
+    name = given.step
+    has_happened = given.result is Result.SUCCEEDED
+    error = None
+    if has_happened and given.outcome is not None:
+        error = draft.apply(step.on_succeeded, given.outcome, name=name)
     if error:
-        draft.explain(f"{step.name} succeeded late, but {error}")
-    if draft.is_past_pivot:
-        if given.result is Result.SUCCEEDED:  # it was given up on, and there is only the way on
-            draft.settle(step.name, StepStatus.SUCCEEDED, answer=given.result)
-            if not error:
+        draft.explain(f"{name} succeeded late, but {error}")
+    branch, undoing = draft.branch_turned_back(name), draft.steps[name].status is StepStatus.UNDOING
+    is_undone = draft.steps[name].status is not StepStatus.UNKNOWN
+    if not (draft.turned_back or branch or is_undone):  # it was given up on, and there is only the way on
+        if has_happened:
+            draft.settle(name, StepStatus.SUCCEEDED, answer=given.result)
+            if not error and draft.status is Status.NEEDS_ATTENTION:
                 draft.status, draft.reason = Status.RUNNING, None
             walk(draft)
         return
-    undoing = draft.steps[step.name].status is StepStatus.UNDOING
-    happened = StepStatus.SUCCEEDED if given.result is Result.SUCCEEDED else StepStatus.UNKNOWN
-    draft.settle(step.name, happened, answer=given.result)
+    draft.settle(name, StepStatus.SUCCEEDED if has_happened else StepStatus.UNKNOWN, answer=given.result)
     if step.undo is None:
         return
-    draft.status = Status.COMPENSATING
-    if undoing:
-        undo(draft, step)
+    if draft.turned_back:
+        draft.status = Status.COMPENSATING
+    elif branch is not None:
+        draft.set(branch.name, status=StepStatus.UNDOING)
+        draft.status = Status.RUNNING
+    if undoing or not (draft.turned_back or branch):
+        undo(draft, step, name)
     walk(draft)
 
 
@@ -201,12 +240,13 @@ def _is_late_undo(at: StepState, given: Replied) -> bool:
     return undone and at.status is StepStatus.UNDO_FAILED and given.attempt == at.undo_attempt
 
 
-def _late_undo(draft: Draft, step: Step) -> None:
+def _late_undo(draft: Draft, name: str) -> None:
     """Count a compensation as done; if nothing else is left to be undone, nobody need look at the saga any more."""
-    draft.settle(step.name, StepStatus.UNDONE)
-    left = any(at.status is StepStatus.UNDO_FAILED or at.status.pending for at in draft.steps.values())
+    draft.settle(name, StepStatus.UNDONE)
+    draft.recount(name)
+    left = draft.is_pending or draft.has_stuck
     if draft.status is Status.NEEDS_ATTENTION and not left:
-        draft.status = Status.COMPENSATING
+        draft.resume()
         walk(draft)
 
 
@@ -218,23 +258,100 @@ def _elapse(draft: Draft) -> Decision | None:
     if too_late:
         draft.turn_back(f"it was not done within {draft.definition.deadline:g} s")
     for name in due:
-        step, at = draft.definition.by_name[name], draft.steps[name]
-        if at.status is StepStatus.RUNNING:
-            if at.sends <= step.deadline.resends and draft.status is Status.RUNNING:
-                send(draft, step, Direction.DO, at.attempt, at.sends + 1)
-            else:
-                _not_known(draft, step, f"{name} gave no answer in time")
-        elif at.status is StepStatus.RETRYING:
-            try_anew(draft, step)
-        elif at.status is StepStatus.UNDO_RETRYING:
-            undo(draft, step)
-        elif at.status is StepStatus.UNDOING:
-            if at.sends <= step.undo_deadline.resends:
-                send(draft, step, Direction.UNDO, at.undo_attempt, at.sends + 1)
-            else:
-                _not_undone(draft, step, f"undoing {name} gave no answer in time")
+        if (step := draft.definition.step_of(name)) is not None and draft.steps[name].fan is None:
+            _overdue(draft, step, name)
+        else:
+            _time_is_up(draft, name)
     walk(draft)
     return draft.finish("deadline", step=due[0] if due else None)
+
+
+def _overdue(draft: Draft, step: Step, name: str) -> None:
+    """The answer to a command has not come, or the time of its next attempt has."""
+    at = draft.steps[name]
+    if at.status is StepStatus.RUNNING:
+        if at.sends <= step.deadline.resends and draft.goes_on(name):
+            send(draft, step, name, Direction.DO, at.attempt, at.sends + 1)
+        else:
+            _not_known(draft, step, name, f"{name} gave no answer in time")
+    elif at.status is StepStatus.RETRYING:
+        try_anew(draft, step, name)
+    elif at.status is StepStatus.UNDO_RETRYING:
+        undo(draft, step, name)
+    elif at.status is StepStatus.UNDOING:
+        if at.sends <= step.undo_deadline.resends:
+            send(draft, step, name, Direction.UNDO, at.undo_attempt, at.sends + 1)
+        else:
+            _not_undone(draft, step, name, f"undoing {name} gave no answer in time")
+
+
+def _time_is_up(draft: Draft, name: str) -> None:
+    """A delay is over, no event has come in time, or a step for several items wants its next ones."""
+    node, at = draft.definition.by_name[name], draft.steps[name]
+    if at.status is not StepStatus.WAITING:
+        draft.set(name, due_at=None)
+    elif isinstance(node, Delay):
+        draft.settle(name, StepStatus.SUCCEEDED)
+    elif isinstance(node, Wait) and node.on_expired is not None:
+        draft.settle(name, StepStatus.EXPIRED)
+        if error := draft.apply(node.on_expired, name=name):
+            draft.turn_back(f"{name} got no event in time, and {error}", name)
+    else:
+        draft.settle(name, StepStatus.DECLINED)
+        draft.turn_back(f"{name} got no event in time", name)
+
+
+# Events of the business, and parents
+
+
+def _happen(draft: Draft, given: Happened) -> Decision | None:
+    """Take in an event that the saga waits for; one that comes too late is noted, one that comes too early is not."""
+    about = {"step": given.step, "message_id": given.message_id}
+    node, at = draft.definition.by_name.get(given.step), draft.steps.get(given.step)
+    if not isinstance(node, Wait) or (at is None and draft.status.in_flight and not draft.turned_back):
+        return None
+    if at is None or at.status is not StepStatus.WAITING:
+        return draft.finish("late_event", **about)
+    no = node.on_declined
+    if no is not None and isinstance(given.event, no.outcome) and not isinstance(given.event, node.outcome):
+        draft.settle(given.step, StepStatus.DECLINED)
+        error = draft.apply(no, given.event, name=given.step)
+        draft.turn_back(f"{given.step} declined: {describe(given.event)}" + (f"; {error}" if error else ""), given.step)
+    else:
+        draft.settle(given.step, StepStatus.SUCCEEDED)
+        if error := draft.apply(node, given.event, name=given.step):
+            draft.turn_back(f"{given.step} has happened, but {error}", given.step)
+    walk(draft)
+    return draft.finish("event", **about)
+
+
+def _ask_again(draft: Draft, given: Asked) -> Decision | None:
+    """The parent repeats its command, or makes a new attempt: it is told how the child has ended, or will be."""
+    origin = draft.origin
+    if origin is None or origin.undo_attempt or given.origin.attempt < origin.attempt:
+        return None  # it has asked for the contrary since
+    if given.origin.attempt == origin.attempt and draft.status.in_flight:
+        return None  # its answer is on the way
+    draft.origin = replace(given.origin, undo_attempt=origin.undo_attempt)
+    draft.answer_as_it_is()
+    return draft.finish("asked_again", attempt=given.origin.attempt, message_id=given.message_id)
+
+
+def _recall(draft: Draft, given: Recalled) -> Decision | None:
+    """The parent wants undone what its child has done, or is doing."""
+    origin = draft.origin
+    if origin is None or given.attempt < origin.undo_attempt:
+        return None
+    draft.origin = replace(origin, undo_attempt=given.attempt)
+    if draft.is_past_pivot:
+        message = Failed(code="past_pivot", reason=f"{draft.definition.name} has no way back any more", attempts=1)
+        draft.answer(Direction.UNDO, Result.FAILED, message)
+    elif draft.status in (Status.RUNNING, Status.COMPLETED):
+        draft.turn_back("its parent has turned back")
+        walk(draft)
+    else:
+        draft.answer_as_it_is()
+    return draft.finish("recalled", attempt=given.attempt, message_id=given.message_id)
 
 
 def describe(outcome: Message | None) -> str:

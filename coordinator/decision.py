@@ -6,20 +6,25 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from coordinator.instance import Instance, Status
+from coordinator.instance import Instance, Origin, Status
 from events.envelope import Direction, Result
 from events.message import Command, Event, Message
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A start event has arrived; `saga_id` is a fresh id for the instance."""
+    """What starts a saga has arrived; `saga_id` is the id for the instance.
+
+    Attributes:
+        event: the start event, or the command of the saga whose child this is; that one is the `origin`.
+    """
 
     saga_id: UUID
-    event: Event
+    event: Message
     message_id: str
     now: datetime
     traceparent: str | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,34 @@ class Replied:
     result: Result
     outcome: Message | None
     detail: str
+    message_id: str
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """A business event has arrived that the saga waits for in `step`, or did, or will."""
+
+    step: str
+    event: Event
+    message_id: str
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The parent asks a child saga once more for what it was started for: again, or as a new attempt."""
+
+    origin: Origin
+    message_id: str
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """The parent asks a child saga to undo what it did."""
+
+    attempt: int
     message_id: str
     now: datetime
 
@@ -76,7 +109,7 @@ class Acted:
     revision: int | None = None
 
 
-Input = Started | Replied | Elapsed | Acted
+Input = Started | Replied | Happened | Asked | Recalled | Elapsed | Acted
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +137,26 @@ class Announcement:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What a child saga tells its parent. The same answer, decided on again, has the same id."""
+
+    id: UUID
+    origin: Origin
+    direction: Direction
+    attempt: int
+    result: Result
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A part of a flow that waits for an event with these values, as `Wait.values_of` gives them."""
+
+    step: str
+    values: str
+
+
+@dataclass(frozen=True, slots=True)
 class HistoryEntry:
     """What happened: one row for each revision of an instance. `actor` and `why` are an operator's."""
 
@@ -124,9 +177,18 @@ class HistoryEntry:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """All that follows from an input."""
+    """All that follows from an input.
+
+    Attributes:
+        waits: what it waits for from now on.
+        over: the parts that wait no more.
+        answers: what a child saga tells its parent.
+    """
 
     instance: Instance
     requests: tuple[Request, ...]
     announcements: tuple[Announcement, ...]
     entry: HistoryEntry
+    waits: tuple[Standing, ...] = ()
+    over: tuple[str, ...] = ()
+    answers: tuple[Answer, ...] = ()

@@ -8,18 +8,35 @@ from typing import Any, ClassVar, Self, get_type_hints
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
-from coordinator.flow import Node, Parallel, Sequence, When, nodes
+from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, When, nodes
+from coordinator.instance import step_and_item
 from coordinator.steps import LONGEST, Ending, Hook, OutcomeHook, Start, Step
+from coordinator.waits import Delay, Wait
 from events.errors import DefinitionError
-from events.message import Command, Message
+from events.message import Command, Event, Message
 
 _name_pattern = re.compile(r"[a-z][a-z0-9_]{0,99}")
+_branch_pattern = re.compile(r"branch_[0-9]+")
 _words = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A branch that may fail without turning the saga back: its name, and the part and the place that it has."""
+
+    name: str
+    parallel: Parallel
+    part: Node
 
 
 @dataclass(frozen=True)
 class SagaDefinition:
-    """The parts of a saga class, checked and named."""
+    """The parts of a saga class, checked and named.
+
+    Attributes:
+        by_name: the parts of its flow that have a state, by its name.
+        branches: the branches of each parallel part that may go on without some of them.
+    """
 
     name: str
     version: int
@@ -29,19 +46,59 @@ class SagaDefinition:
     on_completed: Ending | None
     on_compensated: Ending | None
     deadline: float | None = None
-    by_name: dict[str, Step] = field(default_factory=dict)
+    by_name: dict[str, Leaf] = field(default_factory=dict)
+    branches: dict[Parallel, tuple[Branch, ...]] = field(default_factory=dict)
+    _around: dict[str, tuple[Branch, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.by_name.update({node.name: node for node in nodes(self.flow) if isinstance(node, Step)})
+        self.by_name.update({node.name: node for node in nodes(self.flow) if isinstance(node, Leaf)})
+        self._note_branches(self.flow, ())
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All steps of the flow, in the order in which they are written."""
-        return tuple(self.by_name.values())
+        """All steps of the flow, in the order in which they are written; also those taken for each of several items."""
+        return tuple(step for name in self.by_name if (step := self.step_of(name)) is not None)
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """All parts of the flow that wait for an event."""
+        return tuple(node for node in self.by_name.values() if isinstance(node, Wait))
+
+    def step_of(self, name: str) -> Step | None:
+        """Return the step whose state, or the state of one of whose items, has this name; None if it is no step's."""
+        node = self.by_name.get(step_and_item(name)[0])
+        if isinstance(node, Each):
+            return node.step
+        return node if isinstance(node, Step) else None
+
+    def around(self, name: str) -> tuple[Branch, ...]:
+        """Return the branches that may fail and have the part of this name in them, the outermost first."""
+        return self._around.get(step_and_item(name)[0], ())
+
+    def _note_branches(self, node: Node, around: tuple[Branch, ...]) -> None:
+        if isinstance(node, Leaf):
+            self._around[node.name] = around
+            return
+        for number, part in enumerate(node.parts):
+            inside = around
+            if isinstance(node, Parallel) and node.may_fail:
+                known = sum(map(len, self.branches.values())) if number == 0 else 0
+                if number == 0:
+                    self.branches[node] = tuple(
+                        Branch(f"branch_{known + at}", node, each) for at, each in enumerate(node.parts, 1)
+                    )
+                inside = (*around, self.branches[node][number])
+            self._note_branches(part, inside)
 
     def start_for(self, message_type: str) -> Start:
         """Return the start whose event has this type."""
         return next(start for start in self.starts if start.event.message_type == message_type)
+
+    @property
+    def key_field(self) -> str | None:
+        """The field that is the business key; None if different starts take different ones."""
+        fields = {start.key or next(iter(self.cls.model_fields)) for start in self.starts}
+        return fields.pop() if len(fields) == 1 else None
 
     def key_of(self, start: Start, saga: "Saga") -> str:
         """Return the business key of a new saga.
@@ -68,7 +125,7 @@ class Saga(BaseModel):
     model_config = ConfigDict(
         allow_inf_nan=False,
         extra="forbid",
-        ignored_types=(Hook, Step, Start, Ending, OutcomeHook, Sequence, Parallel, When),
+        ignored_types=(Hook, Step, Start, Ending, OutcomeHook, Wait, Delay, Sequence, Parallel, When, Each),
     )
 
     definition: ClassVar[SagaDefinition]
@@ -103,7 +160,7 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
     endings = [value for value in parts.values() if isinstance(value, Ending)]
     on_completed = [ending for ending in endings if not ending.compensated]
     on_compensated = [ending for ending in endings if ending.compensated]
-    steps = [value for value in parts.values() if type(value) is Step]
+    steps = [value for value in parts.values() if isinstance(value, Step | Wait | Delay)]
     flow: Any = parts.get("flow")
     _require(bool(_name_pattern.fullmatch(name)), cls, f"the name {name!r} must be lower case words, 100 at most")
     _require(version >= 1, cls, f"versions count from 1, not {version}")
@@ -112,11 +169,12 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
     _require(bool(starts), cls, "declare how it begins with @starts_on(Event)")
     _require(isinstance(flow, Node), cls, "declare its flow: flow = sequence(first, second, ...)")
     parts_of_flow = list(nodes(flow))
-    taken = [node for node in parts_of_flow if isinstance(node, Step)]
-    names = [node.name for node in taken] + [node.condition.name for node in parts_of_flow if isinstance(node, When)]
-    _require(len(set(taken)) == len(taken), cls, "a step stands twice in its flow")
+    leaves = [node.step if isinstance(node, Each) else node for node in parts_of_flow if isinstance(node, Leaf)]
+    taken = [node for node in leaves if isinstance(node, Step)]
+    names = [node.name for node in leaves] + [node.condition.name for node in parts_of_flow if isinstance(node, When)]
+    _require(len(set(leaves)) == len(leaves), cls, "a step stands twice in its flow")
     _require(len(set(names)) == len(names), cls, "two steps or conditions of its flow have the same name")
-    if unused := [each.name for each in steps if each not in taken]:
+    if unused := [each.name for each in steps if each not in leaves]:
         _require(False, cls, f"{', '.join(unused)} is not in its flow")
     _require(len(on_completed) <= 1 and len(on_compensated) <= 1, cls, "it has two endings of the same kind")
     for start in starts:
@@ -133,10 +191,16 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
         )
     for name_of_part in names:
         _require(bool(_name_pattern.fullmatch(name_of_part)), cls, f"the step name {name_of_part!r} must be lower case")
+        _require(
+            not _branch_pattern.fullmatch(name_of_part), cls, f"{name_of_part} is the name of a branch: take another"
+        )
+    of_items = {node.step for node in parts_of_flow if isinstance(node, Each)}
     for each in taken:
         for hook in (each.on_succeeded, each.on_declined):
             if hook is not None:
-                hook.outcome = _outcome_class(cls, hook)
+                hook.outcome = _outcome_class(cls, hook, of_item=each in of_items)
+    for wait in (node for node in leaves if isinstance(node, Wait)):
+        _check_wait(cls, wait)
     return SagaDefinition(
         name,
         version,
@@ -149,13 +213,23 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
     )
 
 
-def _outcome_class(cls: type[Saga], hook: OutcomeHook) -> type[Message]:
+def _outcome_class(cls: type[Saga], hook: OutcomeHook, *, of_item: bool) -> type[Message]:
     parameters = list(inspect.signature(hook.function).parameters)
     hints = get_type_hints(hook.function)
-    outcome = hints.get(parameters[1]) if len(parameters) == 2 else None  # noqa: PLR2004  # self and the outcome
+    outcome = hints.get(parameters[-1]) if len(parameters) == (3 if of_item else 2) else None
     good = isinstance(outcome, type) and issubclass(outcome, Message) and not issubclass(outcome, Command)
-    _require(good, cls, f"{hook.name} must take self and the outcome, annotated with an Event or a Reply")
+    taken = "self, the item and the outcome" if of_item else "self and the outcome"
+    _require(good, cls, f"{hook.name} must take {taken}, annotated with an Event or a Reply")
     return outcome  # type: ignore[return-value]  # checked just above
+
+
+def _check_wait(cls: type[Saga], wait: Wait) -> None:
+    for event in wait.events:
+        _require(issubclass(event, Event), cls, f"{wait.name} waits for {event.__name__}, which is no Event")
+        if missing := [name for name in wait.by if name not in event.model_fields]:
+            _require(False, cls, f"{wait.name} is found by {missing[0]!r}, which is no field of {event.__name__}")
+    if missing := [name for name in wait.by.values() if name not in cls.model_fields]:
+        _require(False, cls, f"{wait.name} is found by {missing[0]!r}, which is none of its fields")
 
 
 def _require(met: bool, cls: type[Saga], demand: str) -> None:

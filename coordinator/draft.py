@@ -1,14 +1,21 @@
 """An instance in the making: what a decision changes of it, and what it asks the saga's methods."""
 
+from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from coordinator.decision import Announcement, Decision, HistoryEntry, Request
-from coordinator.definition import Saga, SagaDefinition
-from coordinator.instance import Instance, Status, StepStatus
-from coordinator.steps import Hook, OutcomeHook
-from events.message import Message
+from pydantic_core import from_json, to_json
+
+from coordinator.decision import Announcement, Answer, Decision, HistoryEntry, Request, Standing
+from coordinator.definition import Branch, Saga, SagaDefinition
+from coordinator.flow import Each, Node, nodes
+from coordinator.instance import Fan, Instance, Status, StepState, StepStatus, item_name, step_and_item
+from coordinator.steps import Hook
+from coordinator.waits import Delay, Wait
+from events.derive import derive_id
+from events.envelope import Direction, Result
+from events.message import Message, Refused, Succeeded
 
 MAX_REASON = 1000
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit)
@@ -27,11 +34,19 @@ class Draft:
         self.steps = dict(instance.steps)
         self.status = instance.status
         self.reason = instance.reason
+        self.turned_back = instance.turned_back
+        self.origin = instance.origin
         self.requests: list[Request] = []
         self.announcements: list[Announcement] = []
+        self.answers: list[Answer] = []
+        self.waits: list[Standing] = []
+        self._counted = {name: at.status for name, at in instance.steps.items()}
+        self._touched: set[str] = set()
 
     def set(self, step: str, **changes: Any) -> None:
         self.steps[step] = replace(self.steps[step], **changes)
+        if step_and_item(step)[1] is not None:
+            self._touched.add(step)
 
     def settle(self, step: str, status: StepStatus, **changes: Any) -> None:
         """Set the status of a step from which no answer is awaited any more."""
@@ -40,7 +55,7 @@ class Draft:
     def change(self, saga: Saga, state: dict[str, Any]) -> None:
         """Give the saga another state. A command that is sent again says what it said before: keep what that was."""
         for name, at in self.steps.items():
-            if at.status.outstanding and at.made_of is None:
+            if at.status.outstanding and at.made_of is None and step_and_item(name)[1] is None:
                 self.set(name, made_of=self.state)
         self.saga, self.state = saga, state
 
@@ -55,10 +70,87 @@ class Draft:
         begun = (step.name for step in self.definition.steps if step.pivot and step.name in self.steps)
         return any(self.steps[name].status is not StepStatus.DECLINED for name in begun)
 
-    def turn_back(self, reason: str) -> None:
-        """Begin to undo what was done; where there is no way back a person must look."""
+    @property
+    def is_pending(self) -> bool:
+        """Whether an answer, an event or a time is awaited anywhere."""
+        return any(at.status.pending for name, at in self.steps.items() if name in self.definition.by_name)
+
+    @property
+    def has_stuck(self) -> bool:
+        """Whether something could not be undone."""
+        return any(at.status is StepStatus.UNDO_FAILED or (at.fan and at.fan.stuck) for at in self.steps.values())
+
+    def recount(self, name: str) -> None:
+        """Take the change of an item into the count of its step, where somebody looks before the walk does."""
+        node = self.definition.by_name.get(step_and_item(name)[0])
+        if isinstance(node, Each) and step_and_item(name)[1] is not None:
+            fan = self.count_items(node)
+            if self.steps[node.name].status is StepStatus.UNDO_FAILED and not fan.stuck:
+                self.settle(node.name, StepStatus.UNDONE)
+
+    def turn_back(self, reason: str, part: str | None = None) -> None:
+        """Begin to undo what was done: all of it, or the branch with the failed `part` where others are enough.
+
+        Where there is no way back a person must look.
+        """
+        for branch in reversed(self.definition.around(part) if part else ()):
+            if self.steps[branch.name].status is not StepStatus.RUNNING:
+                return  # it is undone already
+            self.turn_branch_back(branch)
+            if self._others_are_enough(branch):
+                return
         self.explain(reason)
-        self.status = Status.NEEDS_ATTENTION if self.is_past_pivot else Status.COMPENSATING
+        if self.is_past_pivot:
+            self.status = Status.NEEDS_ATTENTION
+            return
+        self.status = Status.COMPENSATING
+        self.turned_back = True
+        self._call_off(self.definition.flow)
+
+    def fail(self, name: str, reason: str) -> None:
+        """A step, or one item of it, has failed: turn back, unless the other items go on without it."""
+        step, number = step_and_item(name)
+        node = self.definition.by_name[step]
+        if number is None or not isinstance(node, Each) or not node.collect or not self.goes_on(step):
+            self.turn_back(reason, name)
+
+    def goes_on(self, part: str) -> bool:
+        """Whether the saga, with the branches around `part`, goes on."""
+        return self.status is Status.RUNNING and self.branch_turned_back(part) is None
+
+    def turn_branch_back(self, branch: Branch) -> None:
+        """Begin to undo a branch alone."""
+        self.set(branch.name, status=StepStatus.UNDOING)
+        self._call_off(branch.part)
+
+    def branch_turned_back(self, part: str) -> Branch | None:
+        """Return the innermost branch around `part` that is undone alone, or was."""
+        gone = (StepStatus.UNDOING, StepStatus.UNDONE)
+        around = reversed(self.definition.around(part))
+        return next((branch for branch in around if self.steps[branch.name].status in gone), None)
+
+    def resume(self) -> None:
+        """Let a saga that a person has looked at go on in its direction."""
+        self.status = Status.COMPENSATING if self.turned_back else Status.RUNNING
+
+    def reopen(self, name: str) -> None:
+        """Go on undoing where `name` could not be undone: the whole saga, or the branch that it is in."""
+        if (branch := self.branch_turned_back(name)) is not None and not self.turned_back:
+            self.set(branch.name, status=StepStatus.UNDOING)
+        if self.status is Status.NEEDS_ATTENTION:
+            self.resume()
+
+    def _others_are_enough(self, branch: Branch) -> bool:
+        states = [self.steps.get(each.name) for each in self.definition.branches[branch.parallel]]
+        left = [at for at in states if at is None or at.status in (StepStatus.RUNNING, StepStatus.SUCCEEDED)]
+        return len(left) >= branch.parallel.needed
+
+    def _call_off(self, node: Node) -> None:
+        """Wait no more in `node`; what goes back waits for nothing but its compensations."""
+        waits = (part.name for part in nodes(node) if isinstance(part, Wait | Delay) and part.name in self.steps)
+        for name in waits:
+            if self.steps[name].status is StepStatus.WAITING:
+                self.settle(name, StepStatus.CALLED_OFF)
 
     def wait(self, step: str, status: StepStatus, seconds: float) -> None:
         """Let a step wait for its next attempt."""
@@ -73,14 +165,80 @@ class Draft:
             return None
         return begun + timedelta(seconds=seconds)
 
+    # Items
+
+    def count_items(self, each: Each) -> Fan:
+        """Take what has become of the loaded items of a step into its count of them; return that."""
+        fan = self.steps[each.name].fan
+        if fan is None:
+            raise ValueError(f"{each.name} was not begun")
+        touched = [name for name in self._touched if step_and_item(name)[0] == each.name]
+        for name in touched:
+            self._touched.discard(name)
+            at, before = self.steps[name], self._counted.get(name, StepStatus.LISTED)
+            failed = (StepStatus.DECLINED, StepStatus.UNKNOWN)
+            fan = replace(
+                fan,
+                pending=fan.pending + at.status.pending - before.pending,
+                failed=fan.failed + (at.status in failed and before.pending),
+                stuck=fan.stuck + (at.status is StepStatus.UNDO_FAILED) - (before is StepStatus.UNDO_FAILED),
+            )
+            self._counted[name] = at.status
+        self.set(each.name, fan=fan)
+        return fan
+
+    def items_of(self, each: Each) -> list[tuple[str, StepState]]:
+        """Return the items of a step that are loaded and begun, the first ones first."""
+        found = [(step_and_item(name), name) for name in self.steps]
+        numbered = sorted((number, name) for (step, number), name in found if step == each.name and number is not None)
+        return [(name, self.steps[name]) for _, name in numbered]
+
+    def next_items(self, each: Each, first: int, most: int) -> list[str]:
+        """Return the names of loaded items from number `first` on, `most` at most, up to one that is not loaded."""
+        names: list[str] = []
+        while len(names) < most and item_name(each.name, first + len(names)) in self.steps:
+            names.append(item_name(each.name, first + len(names)))
+        return names
+
+    # The end
+
+    def answer(self, direction: Direction, result: Result, message: Message) -> None:
+        """Tell the parent, if this is a child."""
+        if self.origin is None:
+            return
+        attempt = self.origin.attempt if direction is Direction.DO else self.origin.undo_attempt
+        identity = derive_id(self.before.id, "answer", direction.value, attempt)
+        self.answers.append(Answer(identity, self.origin, direction, attempt, result, message))
+
+    def answer_as_it_is(self) -> None:
+        """Tell the parent how it has ended, if it has."""
+        if self.origin is None:
+            return
+        if self.status is Status.COMPLETED and not self.origin.undo_attempt:
+            said = next((each.event for each in self.announcements), None) or self._say_completed()
+            self.answer(Direction.DO, Result.SUCCEEDED, said)
+        elif self.status is Status.COMPENSATED and not self.origin.undo_attempt:
+            self.answer(Direction.DO, Result.DECLINED, Refused(reason=self.reason or ""))
+        elif self.status is Status.COMPENSATED:
+            self.answer(Direction.UNDO, Result.SUCCEEDED, Succeeded())
+
+    def _say_completed(self) -> Message:
+        event, _ = self.ask(self.definition.on_completed)
+        return event if isinstance(event, Message) else Succeeded()
+
     def finish(self, kind: str, **about: Any) -> Decision:
         before, state = self.before, self.state
         change: dict[str, Any] = {}
         if state != self.found:
             change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
-        if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
+        changed = {name: at for name, at in self.steps.items() if before.steps.get(name) != at}
+        if changed:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
-        due = [at.due_at for at in self.steps.values() if at.due_at is not None and self.status.in_flight]
+        due = [
+            at.due_at
+            for name, at in self.steps.items()
+            if at.due_at is not None and self.status.in_flight and step_and_item(name)[1] is None
+        ]
         if (deadline := self.deadline) is not None:
             due.append(deadline)
         instance = replace(
@@ -92,23 +250,51 @@ class Draft:
             due_at=min(due) if due else None,
             reason=self.reason,
             updated_at=self.now,
+            turned_back=self.turned_back,
+            origin=self.origin,
         )
         sent = [
             {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}
             for r in self.requests
-        ] + [{"id": str(a.id), "type": a.event.message_type} for a in self.announcements]
+        ]
+        sent += [{"id": str(a.id), "type": a.event.message_type} for a in self.announcements]
+        sent += [{"id": str(a.id), "type": a.message.message_type, "result": a.result.value} for a in self.answers]
         entry = HistoryEntry(kind, self.now, self.status, reason=self.reason, change=change, sent=tuple(sent), **about)
-        return Decision(instance, tuple(self.requests), tuple(self.announcements), entry)
+        waiting = {name for name, at in self.steps.items() if at.status is StepStatus.WAITING}
+        over = tuple(
+            name
+            for name, at in before.steps.items()
+            if at.status is StepStatus.WAITING
+            and name not in waiting
+            and isinstance(self.definition.by_name.get(name), Wait)
+        )
+        return Decision(
+            instance,
+            tuple(self.requests),
+            tuple(self.announcements),
+            entry,
+            tuple(each for each in self.waits if each.step in waiting),
+            over,
+            tuple(self.answers),
+        )
 
     # What the saga's methods say
 
-    def apply(self, hook: OutcomeHook | None, outcome: Message | None) -> str | None:
-        """Let the saga take an outcome into its state; return what went wrong, and then leave the state as it was."""
-        if hook is None or outcome is None:
+    def apply(self, hook: Hook | None, *outcome: Message, name: str) -> str | None:
+        """Let the saga take an outcome into its state; return what went wrong, and then leave the state as it was.
+
+        Of one item of a step (`name` is that of its state) the method gets the item, too, and may return it changed.
+        """
+        if hook is None:
             return None
+        is_item = step_and_item(name)[1] is not None
+        about = (deepcopy(self.steps[name].item),) if is_item else ()
         what = "raised"
         try:
-            hook.function(self.saga, outcome)
+            returned = hook.function(self.saga, *about, *outcome)
+            if is_item and returned is not None:
+                what = "returned what is not JSON:"
+                self.set(name, item=from_json(to_json(returned)))
             what = "left a broken state:"
             state = self.saga.to_state()
             if state != self.state:  # what it assigned must be readable again
@@ -119,6 +305,16 @@ class Draft:
             self.saga = self.definition.cls.from_state(self.state)
             return f"{hook.name} {what} {_shown(error)}"
         return None
+
+    def ask_for(self, hook: Hook | None, name: str) -> tuple[Any, Any]:
+        """Ask for the command of a step or of one of its items; `name` is that of its state.
+
+        All items of a step see the state as it was when the first was begun, or the first was undone.
+        """
+        at, (step, number) = self.steps[name], step_and_item(name)
+        if number is None:
+            return self.ask(hook, state=at.made_of)
+        return self.ask(hook, deepcopy(at.item), state=self.steps[step].made_of)
 
     def ask(self, hook: Hook | None, *arguments: Any, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
         """Ask the saga, as it is now or as it was in `state`; return its answer, or None and what went wrong."""

@@ -1,5 +1,6 @@
 """The imperative shell: takes what is waiting, decides on all of it, commits once, acknowledges."""
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -8,16 +9,20 @@ from uuid import UUID
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.batch import REPLY_ADDRESS, Batch, Ports, Sagas
+from coordinator.batch import Batch, Ports
 from coordinator.decision import Acted
 from coordinator.definition import SagaDefinition
+from coordinator.facts import NOTHING, Facts, Lookups
 from coordinator.instance import Instance
+from coordinator.items import Items
 from coordinator.replays import Replays
+from coordinator.sagas import CONSUMER, Sagas
 from coordinator.store import Store
+from coordinator.waiting import EarlyDelivery, Waiting
 from events.bulk import together
-from events.bus import Address, Bus, Consumer, Exchange, Queue
+from events.bus import Bus, Consumer
 from events.clock import Clock
-from events.codec import Limits, Readable
+from events.codec import Limits
 from events.database import is_transient, single_statements, transaction
 from events.dead_letters import bury
 from events.errors import CoordinatorError, StaleRowError
@@ -29,12 +34,11 @@ from events.service import Supervisor, is_cancelled
 
 logger = logging.getLogger(__name__)
 
-_REPLY_QUEUE = "coordinator.replies"
-_EVENT_QUEUE = "coordinator.events"
 _BATCH = 256
 _PREFETCH = 32
 _TIMER_BATCH = 200
 _REPLAYS_EVERY = 1.0
+_SWEEP_EVERY = 5.0  # for early events whose match was missed by a process that has died since
 _TRIES = 3  # of a message whose consequences cannot be stored for a reason that is not known
 _DATABASE_PAUSE = 0.5
 
@@ -57,7 +61,7 @@ class Engine:
         timer_every: float = 0.5,
     ) -> None:
         self._sagas = Sagas(definitions)
-        self.queues = coordinator_queues(self._sagas)
+        self.queues = self._sagas.queues
         self._ports = Ports(source, store.clock.now, clock.now, ids)
         self._engine = engine
         self._single = single_statements(engine)
@@ -67,7 +71,12 @@ class Engine:
         self._clock = clock
         self._ids = ids
         self._timer_every = timer_every
+        self._items = Items()
+        self._waiting = Waiting()
+        self._lookups = Lookups(self._sagas, store, self._items, self._waiting)
         self._intake = Intake(limits)
+        self._due_now = asyncio.Event()
+        self._may_match = asyncio.Event()
         self._replays = Replays(engine, self._intake, clock=clock, ids=ids)
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
@@ -82,7 +91,10 @@ class Engine:
         await self._store.clock.calibrate()
         self._supervisor.start("coordinator.engine", self._run)
         self._supervisor.start("coordinator.timers", self._run_timers)
+        self._supervisor.start("coordinator.going_on", self._run_what_is_due_now)
         self._supervisor.start("coordinator.replays", self._run_replays)
+        if self._sagas.awaited:
+            self._supervisor.start("coordinator.parked", self._run_parked)
         for queue in self.queues:
             self._consumers.append(await self._bus.consume(queue.name, self._intake.deliver, prefetch=_PREFETCH))
 
@@ -154,7 +166,7 @@ class Engine:
         async with transaction(self._engine) as connection:
             batch = await self._decide(connection, items, lock=True)
             fresh = await self._store.insert_new(connection, list(batch.new.values()))
-            batch.drop(instance.id for instance in batch.new.values() if instance.id not in fresh)
+            batch.drop([instance.id for instance in batch.new.values() if instance.id not in fresh])
             async with together(connection):
                 after_commit = await self._write(connection, batch, items)
                 await failpoint("engine.before_commit")
@@ -171,20 +183,14 @@ class Engine:
         return after_commit
 
     async def _decide(self, connection: AsyncConnection, items: Sequence[Item], *, lock: bool) -> Batch:
-        ids = {
-            item.part.envelope.saga.saga_id
-            for item in items
-            if isinstance(item.part, Readable) and item.part.envelope.saga is not None
-        }
-        loaded = await self._store.load(connection, list(ids), lock=lock) if ids else {}
-        batch = self._batch(loaded)
+        batch = self._batch(await self._lookups.of_messages(connection, items, lock=lock))
         for item in items:
             batch.take(item)
         return batch
 
     async def _bury(self, item: Item, error: Exception) -> None:
         """Give up on a message whose consequences cannot be stored."""
-        batch = self._batch({})
+        batch = self._batch(NOTHING)
         batch.reject(item, error)
         async with transaction(self._engine) as connection:
             after_commit = await self._write(connection, batch, [item])
@@ -193,13 +199,23 @@ class Engine:
 
     # Both
 
-    def _batch(self, loaded: Mapping[UUID, Instance]) -> Batch:
-        return Batch(self._sagas, self._ports, loaded)
+    def _batch(self, facts: Facts) -> Batch:
+        return Batch(self._sagas, self._ports, facts)
 
     async def _write(self, connection: AsyncConnection, batch: Batch, items: Sequence[Item]) -> AfterCommit:
         """Write changed instances, history, dead letters and outbox: one statement each, or one for all."""
         await self._store.update(connection, batch.changed, batch.loaded)
         await self._store.record(connection, batch.history)
+        await self._items.write(connection, [*batch.fresh, *batch.changed], batch.loaded)
+        await self._waiting.write(
+            connection,
+            begun=list(batch.begun.values()),
+            over=batch.over,
+            parked=batch.parked,
+            taken=batch.taken,
+            consumer=CONSUMER,
+            now=self._store.clock.now(),
+        )
         if batch.letters:
             await bury(connection, batch.letters, ids=self._ids, now=self._store.clock.now())
         await self._replays.remove(connection, items)
@@ -209,6 +225,11 @@ class Engine:
         def after_commit() -> None:
             hand_over()
             batch.log()
+            now = self._store.clock.now()
+            if any(each.due_at is not None and each.due_at <= now for each in (*batch.fresh, *batch.changed)):
+                self._due_now.set()
+            if batch.begun or batch.parked:
+                self._may_match.set()
 
         return after_commit
 
@@ -222,7 +243,8 @@ class Engine:
             NotPossibleError: it makes no sense where the saga stands.
         """
         async with transaction(self._engine) as connection:
-            batch = self._batch(await self._store.load(connection, [saga]))
+            named = [(saga, given.step)] if given.step else []
+            batch = self._batch(Facts(await self._lookups.of(connection, [saga], named)))
             instance = batch.act(saga, given)
             async with together(connection):
                 after_commit = await self._write(connection, batch, [])
@@ -243,6 +265,19 @@ class Engine:
                 logger.warning("deadlines wait for the database: %s", error, extra={"action": "engine.database_away"})
             await self._clock.sleep(self._timer_every)
 
+    async def _run_what_is_due_now(self) -> None:
+        """Fan-outs that want their next items, and delays of nothing, do not wait for the next look."""
+        while True:
+            await self._due_now.wait()
+            self._due_now.clear()
+            try:
+                while await self.fire_timers() == _TIMER_BATCH:
+                    pass
+            except Exception as error:
+                if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
+                    raise
+                logger.warning("the next look does it: %s", error, extra={"action": "engine.database_away"})
+
     async def fire_timers(self, most: int = _TIMER_BATCH) -> int:
         """Decide on instances whose deadline has passed, `most` of them at most; return how many there were."""
         due: dict[UUID, Instance] = {}
@@ -251,8 +286,9 @@ class Engine:
                 due = await self._store.claim_due(connection, self._sagas.by_version, most)
                 if not due:
                     return 0
-                batch = self._batch(due)
-                for instance in due.values():
+                now = self._store.clock.now()
+                batch = self._batch(Facts(await self._lookups.with_items(connection, due, due=now)))
+                for instance in batch.loaded.values():
                     batch.elapse(instance)
                 await failpoint("engine.timers_claimed")
                 async with together(connection):
@@ -280,14 +316,57 @@ class Engine:
     async def _give_up(self, instance: Instance, reason: str) -> None:
         async with transaction(self._engine) as connection:
             loaded = await self._store.load(connection, [instance.id])
-            batch = self._batch(loaded)
+            batch = self._batch(Facts(loaded))
             if loaded[instance.id].revision == instance.revision:
                 batch.stop(loaded[instance.id], reason)
             after_commit = await self._write(connection, batch, [])
         after_commit()
 
+    # Early events
 
-def coordinator_queues(sagas: Sagas) -> list[Queue]:
-    """Return the queues that a coordinator of these sagas consumes: start events, and replies."""
-    starts = tuple(Address(Exchange.EVENTS, message_type) for message_type in sorted(sagas.starts))
-    return [Queue(_EVENT_QUEUE, starts), Queue(_REPLY_QUEUE, (Address(Exchange.REPLIES, REPLY_ADDRESS),))]
+    async def _run_parked(self) -> None:
+        while True:
+            self._may_match.clear()
+            try:
+                while await self.take_parked() == _BATCH:
+                    pass
+                await self._expire_parked()
+            except Exception as error:
+                if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
+                    raise
+                logger.warning(
+                    "early events wait for the database: %s", error, extra={"action": "engine.database_away"}
+                )
+            await self._until_matched_or(_SWEEP_EVERY)
+
+    async def _until_matched_or(self, seconds: float) -> None:
+        sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
+        matched = asyncio.ensure_future(self._may_match.wait())
+        try:
+            await asyncio.wait((sleeping, matched), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleeping.cancel()
+            matched.cancel()
+
+    async def take_parked(self) -> int:
+        """Give parked events to the instances that wait for them by now; return how many events there were."""
+        async with transaction(self._engine) as connection:
+            rows = await self._waiting.claim(connection, _BATCH)
+            if not rows:
+                return 0
+            items = [(row.saga, item) for row in rows for item in self._intake.read(EarlyDelivery(row.body))]
+            batch = self._batch(await self._lookups.of_messages(connection, [item for _, item in items], lock=True))
+            for saga, item in items:
+                batch.take_parked(saga, item)
+            async with together(connection):
+                await self._waiting.remove(connection, [row.id for row in rows])
+                after_commit = await self._write(connection, batch, [])
+        after_commit()
+        return len(rows)
+
+    async def _expire_parked(self) -> None:
+        async with transaction(self._engine) as connection:
+            expired = await self._waiting.expire(connection, self._store.clock.now(), _BATCH)
+        for row in expired:
+            extra = {"action": "engine.parked_expired", "event": row.event, "saga": row.saga}
+            logger.warning("no %s has waited in time for %s", row.saga, row.event, extra=extra)

@@ -38,6 +38,10 @@ class StepStatus(StrEnum):
     UNDO_FAILED = "undo_failed"
     TAKEN = "taken"  # of a condition: it held
     NOT_TAKEN = "not_taken"
+    WAITING = "waiting"  # for an event of the business, or for time to pass
+    EXPIRED = "expired"  # no event came in time, and the saga has gone on without it
+    CALLED_OFF = "called_off"  # the saga has turned back, and waits no more
+    LISTED = "listed"  # one item of several, whose turn has not come
 
     @property
     def outstanding(self) -> bool:
@@ -46,13 +50,54 @@ class StepStatus(StrEnum):
 
     @property
     def pending(self) -> bool:
-        """Whether an answer is awaited, or a next attempt."""
-        return self.outstanding or self in (StepStatus.RETRYING, StepStatus.UNDO_RETRYING)
+        """Whether an answer is awaited, or an event, or a time."""
+        return self.outstanding or self in (StepStatus.RETRYING, StepStatus.UNDO_RETRYING, StepStatus.WAITING)
+
+    @property
+    def done(self) -> bool:
+        """Whether the flow goes on after it."""
+        return self in (StepStatus.SUCCEEDED, StepStatus.EXPIRED)
 
     @property
     def to_undo(self) -> bool:
         """Whether the step counts as done when undoing."""
         return self in (StepStatus.SUCCEEDED, StepStatus.UNKNOWN)
+
+
+def item_name(step: str, number: int) -> str:
+    """Return the name of the state of one item of a step."""
+    return f"{step}[{number}]"
+
+
+def step_and_item(name: str) -> tuple[str, int | None]:
+    """Return the step that a state's name says, and the number of the item if it is one's."""
+    step, bracket, number = name.partition("[")
+    return (step, int(number[:-1])) if bracket and number[:-1].isdecimal() else (name, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """How far a step has come that is taken for each of several items.
+
+    Attributes:
+        total: how many items there are.
+        begun: how many were begun; they begin in order.
+        pending: how many of them are under way, forth or back.
+        failed: how many have failed, where the others go on.
+        unseen: when undoing, how many of those that were begun were not looked at yet; they are, from the last one on.
+        stuck: how many could not be undone.
+    """
+
+    total: int
+    begun: int = 0
+    pending: int = 0
+    failed: int = 0
+    unseen: int | None = None
+    stuck: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """Return plain data for the store."""
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +113,8 @@ class StepState:
         answer: what was heard of a step that is given up on or undone; None if nothing was.
         command: the type of the command, where a compensation will want to name it.
         made_of: the saga's state that the outstanding command was made of, where it has changed since.
+        fan: of a step that is taken for each of several items: how far it has come.
+        item: of one of these: the item.
     """
 
     status: StepStatus
@@ -78,6 +125,8 @@ class StepState:
     answer: Result | None = None
     command: str | None = None
     made_of: dict[str, Any] | None = None
+    fan: Fan | None = None
+    item: Any = None
 
     def awaits(self, direction: Direction, attempt: int) -> bool:
         """Say whether this is the answer that is outstanding."""
@@ -100,6 +149,10 @@ class StepState:
             document["command"] = self.command
         if self.made_of is not None:
             document["made_of"] = self.made_of
+        if self.fan is not None:
+            document["fan"] = self.fan.to_json()
+        if self.item is not None:
+            document["item"] = self.item
         return document
 
     @classmethod
@@ -115,7 +168,43 @@ class StepState:
             Result(answer) if answer else None,
             document.get("command"),
             document.get("made_of"),
+            Fan(**document["fan"]) if "fan" in document else None,
+            document.get("item"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The command that a child saga was started by, and its parent's step, which waits for the answer.
+
+    Attributes:
+        saga_id: the parent.
+        step: its step.
+        attempt: its attempt.
+        reply_to: where the answer goes.
+        undo_attempt: the attempt of the compensation that waits for an answer; 0 if none does.
+    """
+
+    saga_id: UUID
+    step: str
+    attempt: int
+    reply_to: str
+    undo_attempt: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for the store."""
+        return {
+            "saga_id": str(self.saga_id),
+            "step": self.step,
+            "attempt": self.attempt,
+            "reply_to": self.reply_to,
+            "undo_attempt": self.undo_attempt,
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Origin":
+        """Read what `to_json` returned."""
+        return cls(**{**document, "saga_id": UUID(document["saga_id"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +213,13 @@ class Instance:
 
     Attributes:
         state: the saga's fields as plain JSON data.
-        steps: the steps that were begun, by name.
+        steps: the steps that were begun, by name; `ship[3]` is a step's item of that number, if it is loaded.
         revision: counts the transitions, from 1; every write names the one it follows.
         due_at: the earliest deadline, its own or of its steps.
         reason: why it is undone or needs attention.
         traceparent: the span that the whole saga belongs to.
+        turned_back: whether it is undone, or was.
+        origin: the command that a child saga answers.
     """
 
     id: UUID
@@ -144,3 +235,5 @@ class Instance:
     traceparent: str | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    turned_back: bool = False
+    origin: Origin | None = None

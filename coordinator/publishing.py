@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 
 from coordinator.app import App
-from coordinator.batch import Sagas
-from coordinator.engine import coordinator_queues
+from coordinator.sagas import Sagas
 from events import tracing
 from events.bus import Address, Bus, Exchange, Outgoing, Queue
 from events.codec import STRUCTURED_TYPE, Limits, Readable, bundle_body, read_body
@@ -57,7 +56,7 @@ async def publish_lines(
 def queues_of(app: App) -> list[Queue]:
     """Return all queues of an application: those of its handlers and those of its sagas."""
     sagas = Sagas(saga.definition for saga in app.sagas)
-    return [handler.queue for handler in app.handlers] + coordinator_queues(sagas)
+    return [handler.queue for handler in app.handlers] + sagas.queues
 
 
 def _batches(lines: Iterable[bytes]) -> Iterator[list[tuple[int, bytes]]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from events.errors import DefinitionError
-from events.message import Event, Message
+from events.message import Command, Event, Message
 
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_UNDO_RESENDS = 5
@@ -88,13 +88,20 @@ class OutcomeHook(Hook):
 
 
 class Start(Hook):
-    """A method that makes a saga of a start event."""
+    """A method that makes a saga of a start event, or of the command of a parent, which another command undoes."""
 
-    def __init__(self, function: Callable[..., Any], event: type[Event], key: str | None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        event: type[Message],
+        key: str | None,
+        undone_by: type[Command] | None = None,
+    ) -> None:
         # It may be marked as a class method, too, which says to type checkers what it is.
         super().__init__(function.__func__ if isinstance(function, classmethod) else function)
         self.event = event
         self.key = key
+        self.undone_by = undone_by
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self.function.__get__(owner, type(owner))
@@ -175,15 +182,21 @@ class Step(Hook):
         return hook
 
 
-def starts_on(event: type[Event], *, key: str | None = None) -> Callable[[Callable[..., Any]], Start]:
-    """Declare the class method that makes a new saga of `event`; writing @classmethod below it is optional.
+def starts_on(
+    message: type[Event | Command], *, key: str | None = None, undone_by: type[Command] | None = None
+) -> Callable[[Callable[..., Any]], Start]:
+    """Declare the class method that makes a new saga of `message`; writing @classmethod below it is optional.
 
     Args:
-        event: the start event.
+        message: the start event; or a command, which makes it the child of the saga that sends it. Its end is the
+            answer to that step: completed is succeeded, compensated is declined.
         key: the field of the saga that is its business key; by default its first field. A second start
             with the same key is a duplicate.
+        undone_by: the command that is the compensation of the parent's step: the child is undone then.
     """
-    return lambda function: Start(function, event, key)
+    if undone_by is not None and not (issubclass(message, Command) and issubclass(undone_by, Command)):
+        raise DefinitionError(f"starts_on({message.__name__}): undone_by is a command, of a saga that a command starts")
+    return lambda function: Start(function, message, key, undone_by)
 
 
 @overload

@@ -8,8 +8,8 @@ from sqlalchemy import Row, Select, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.decision import HistoryEntry
-from coordinator.instance import Instance, Status, StepState
-from coordinator.tables import saga_history, saga_instance
+from coordinator.instance import Instance, Origin, Status, StepState, step_and_item
+from coordinator.tables import saga_history, saga_instance, saga_item
 from events.bulk import Bulk, Lookup
 from events.clock import Clock
 from events.database import reader
@@ -29,9 +29,23 @@ _COLUMNS = (
     "traceparent",
     "created_at",
     "updated_at",
+    "turned_back",
+    "origin",
 )
 _insert = Bulk(saga_instance, *_COLUMNS)
-_update = Bulk(saga_instance, "id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at")
+_update = Bulk(
+    saga_instance,
+    "id",
+    "status",
+    "state",
+    "steps",
+    "revision",
+    "due_at",
+    "reason",
+    "updated_at",
+    "turned_back",
+    "origin",
+)
 _load = Lookup(saga_instance, *_COLUMNS, key="id")
 _load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
 _record = Bulk(
@@ -52,6 +66,8 @@ _record = Bulk(
     "actor",
     "why",
 )
+
+_is_in_flight = text("saga_instance.status IN ('running', 'compensating')")
 
 HistoryRow = tuple[UUID, int, HistoryEntry]
 
@@ -96,7 +112,19 @@ class Store:
             StaleRowError: one of them has moved on; nothing may be committed.
         """
         rows = [
-            (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at) for i in instances
+            (
+                i.id,
+                i.status.value,
+                i.state,
+                _steps(i),
+                i.revision,
+                i.due_at,
+                i.reason,
+                i.updated_at,
+                i.turned_back,
+                i.origin and i.origin.to_json(),
+            )
+            for i in instances
         ]
         expected = ("revision", [loaded[instance.id].revision for instance in instances])
         await _update.update(connection, rows, key="id", expected=expected)
@@ -130,19 +158,29 @@ class Store:
     async def claim_due(
         self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int
     ) -> dict[UUID, Instance]:
-        """Return instances whose deadline has passed on the database's clock, locked; others skip them.
+        """Return instances whose deadline, or that of an item, has passed on the database's clock.
 
-        `known` are the names and versions of the sagas that the caller has the code of.
+        They are locked, and others skip them. `known` are the names and versions of the sagas that the caller has the
+        code of.
         """
-        query = (
-            select(*(saga_instance.c[name] for name in _COLUMNS))
-            .where(saga_instance.c.due_at <= self.clock.now())
-            .where(tuple_(saga_instance.c.saga, saga_instance.c.version).in_(list(known)))
-            .order_by(saga_instance.c.due_at)
+        now = self.clock.now()
+        is_known = tuple_(saga_instance.c.saga, saga_instance.c.version).in_(list(known))
+        own = _select().where(saga_instance.c.due_at <= now).order_by(saga_instance.c.due_at)
+        overdue = (
+            select(saga_item.c.saga_id)
+            .join(saga_instance, saga_instance.c.id == saga_item.c.saga_id)
+            .where(saga_item.c.due_at <= now, _is_in_flight)
+            .order_by(saga_item.c.due_at)
             .limit(most)
-            .with_for_update(skip_locked=True)
         )
-        return {row.id: _instance(row) for row in await connection.execute(query)}
+        of_items = _select().where(saga_instance.c.id.in_(overdue))
+        due: dict[UUID, Instance] = {}
+        for query in (own, of_items):
+            query = query.where(is_known).limit(most - len(due)).with_for_update(skip_locked=True)  # noqa: PLW2901
+            due |= {row.id: _instance(row) for row in await connection.execute(query)}
+            if len(due) >= most:
+                break
+        return due
 
     # Reading
 
@@ -180,7 +218,7 @@ class Store:
 
     async def count_in_flight(self) -> int:
         """Return how many instances are running or compensating; cheap whatever the number of finished ones."""
-        query = select(func.count()).where(text("status IN ('running', 'compensating')")).select_from(saga_instance)
+        query = select(func.count()).where(_is_in_flight).select_from(saga_instance)
         return int((await self._read(query))[0][0])
 
     async def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
@@ -194,7 +232,7 @@ def _select() -> Select[Any]:
 
 
 def _steps(instance: Instance) -> dict[str, Any]:
-    return {name: at.to_json() for name, at in instance.steps.items()}
+    return {name: at.to_json() for name, at in instance.steps.items() if step_and_item(name)[1] is None}
 
 
 def _rows(instances: Sequence[Instance]) -> list[tuple[Any, ...]]:
@@ -217,11 +255,14 @@ def _row(i: Instance) -> tuple[Any, ...]:
         i.traceparent,
         i.created_at,
         i.updated_at,
+        i.turned_back,
+        i.origin and i.origin.to_json(),
     )
 
 
 def _instance(row: Any) -> Instance:
-    (identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, created, updated) = row
+    identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *others = row
+    created, updated, turned_back, origin = others
     return Instance(
         id=identity,
         saga=saga,
@@ -236,4 +277,6 @@ def _instance(row: Any) -> Instance:
         traceparent=traceparent,
         created_at=created,
         updated_at=updated,
+        turned_back=turned_back,
+        origin=Origin.from_json(origin) if origin else None,
     )

@@ -1,6 +1,6 @@
 """The tables of the coordinator: one row an instance, one row a transition."""
 
-from sqlalchemy import Column, ForeignKey, Index, Integer, Table, Text, Uuid, text
+from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, Uuid, text
 
 from events.tables import Json, Timestamp, metadata
 
@@ -23,10 +23,56 @@ saga_instance = Table(
     Column("traceparent", Text),
     Column("created_at", Timestamp, nullable=False),
     Column("updated_at", Timestamp, nullable=False),
+    Column("turned_back", Boolean, nullable=False),
+    Column("origin", Json),
     Index("uq_saga_instance_saga_key", "saga", "key", unique=True),
     Index("ix_saga_instance_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
     Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02"},
+)
+
+# One row for each item of a step that is taken for several. What fences it is the revision of its instance.
+saga_item = Table(
+    "saga_item",
+    metadata,
+    Column("id", Uuid, primary_key=True),  # derived from the other three
+    Column("saga_id", Uuid, ForeignKey("saga_instance.id"), nullable=False),
+    Column("step", Text, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("state", Json, nullable=False),
+    Column("due_at", Timestamp),
+    Index("uq_saga_item_saga_id_step_number", "saga_id", "step", "number", unique=True),
+    Index("ix_saga_item_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
+)
+
+# What instances wait for: one row a part of a flow and event type.
+saga_wait = Table(
+    "saga_wait",
+    metadata,
+    Column("id", Uuid, primary_key=True),  # derived from the instance, the step and the event type
+    Column("correlation", Uuid, nullable=False),  # what stands for saga, event type and values
+    Column("saga_id", Uuid, ForeignKey("saga_instance.id"), nullable=False),
+    Column("step", Text, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("since", Timestamp, nullable=False),
+    Index("ix_saga_wait_correlation", "correlation"),
+    Index("ix_saga_wait_saga_id", "saga_id"),
+)
+
+# Events that no instance waits for yet.
+parked_event = Table(
+    "parked_event",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("correlation", Uuid, nullable=False),
+    Column("saga", Text, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("parked_at", Timestamp, nullable=False),
+    Column("expires_at", Timestamp, nullable=False),
+    Index("ix_parked_event_correlation", "correlation"),
+    Index("ix_parked_event_expires_at", "expires_at"),
 )
 
 # Append only: nothing here is ever changed.

@@ -16,14 +16,27 @@ from typing import Self
 from uuid import UUID
 
 from coordinator.decide import decide, describe
-from coordinator.decision import Acted, Decision, Elapsed, Input, Replied, Request, Started, Verb
+from coordinator.decision import (
+    Acted,
+    Answer,
+    Decision,
+    Elapsed,
+    Happened,
+    Input,
+    Recalled,
+    Replied,
+    Request,
+    Started,
+    Verb,
+)
 from coordinator.definition import Saga
-from coordinator.instance import Instance, Status
+from coordinator.instance import Instance, Origin, Status
 from events.envelope import Direction, Result
 from events.message import Command, Event, Failed, Message, Refused
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 SAGA_ID = UUID("01900000-0000-7000-8000-000000000001")
+PARENT_ID = UUID("01900000-0000-7000-8000-000000000002")
 
 
 class SagaRun:
@@ -31,19 +44,21 @@ class SagaRun:
 
     Args:
         saga: the saga class.
-        event: the event that starts it.
+        event: the event that starts it, or the command of a parent.
 
     Attributes:
         now: the time that the next decision is told.
         decisions: all that was decided so far, the newest last.
     """
 
-    def __init__(self, saga: type[Saga], event: Event) -> None:
+    def __init__(self, saga: type[Saga], event: Event | Command) -> None:
         self.definition = saga.definition
         self.now = BEGIN
         self.decisions: list[Decision] = []
         self._messages = 0
-        self.take(Started(SAGA_ID, event, self._message_id(), self.now, "00-trace-01"))
+        self._since = 0
+        origin = Origin(PARENT_ID, "child", 1, "tests") if isinstance(event, Command) else None
+        self.take(Started(SAGA_ID, event, self._message_id(), self.now, "00-trace-01", origin))
 
     # What can be looked at
 
@@ -74,8 +89,13 @@ class SagaRun:
 
     @property
     def sent(self) -> list[Command]:
-        """The commands that the last decision sent."""
-        return [request.command for request in self.last.requests]
+        """The commands that were sent since the last thing happened."""
+        return [request.command for decision in self.decisions[self._since :] for request in decision.requests]
+
+    @property
+    def answered(self) -> list[Answer]:
+        """All that it has told its parent."""
+        return [answer for decision in self.decisions for answer in decision.answers]
 
     @property
     def published(self) -> list[Event]:
@@ -108,9 +128,32 @@ class SagaRun:
         Raises:
             AssertionError: it waits for nothing.
         """
-        if self.instance.due_at is None:
+        due = (
+            [at.due_at for at in self.instance.steps.values() if at.due_at is not None] if self.status.in_flight else []
+        )
+        due += [self.instance.due_at] if self.instance.due_at is not None else []
+        if not due:
             raise AssertionError(f"the saga is {self.status} and waits for nothing")
-        return self.passes(max(0.0, (self.instance.due_at - self.now).total_seconds()))
+        return self.passes(max(0.0, (min(due) - self.now).total_seconds()))
+
+    def receives(self, event: Event) -> Self:
+        """Let a business event happen that it waits for.
+
+        Raises:
+            AssertionError: no part of its flow waits for such an event, or for one with these values.
+        """
+        for wait in self.definition.waits:
+            if isinstance(event, wait.events) and wait.values_of(event, of_event=True) == wait.values_of(
+                self.saga, of_event=False
+            ):
+                self.take(Happened(wait.name, event, self._message_id(), self.now))
+                return self
+        raise AssertionError(f"no part of {self.definition.name} waits for {event!r}")
+
+    def is_recalled(self, attempt: int = 1) -> Self:
+        """Let the parent ask for what it has done to be undone."""
+        self.take(Recalled(attempt, self._message_id(), self.now))
+        return self
 
     def replies(
         self, step: str, direction: Direction, result: Result, outcome: Message | None = None, *, attempt: int = 1
@@ -132,10 +175,17 @@ class SagaRun:
         return self
 
     def take(self, given: Input) -> Decision | None:
-        """Decide on any input."""
+        """Decide on any input, and on what is due at once after it; return the first decision."""
         decision = decide(self.definition, self.instance if self.decisions else None, given)
-        if decision is not None:
-            self.decisions.append(decision)
+        if decision is None:
+            return None
+        self._since = len(self.decisions)
+        self.decisions.append(decision)
+        while self.instance.due_at is not None and self.instance.due_at <= self.now:
+            following = decide(self.definition, self.instance, Elapsed(self.now))
+            if following is None:
+                break
+            self.decisions.append(following)
         return decision
 
     def _answer(self, step: str | None, result: Result, outcome: Message | None) -> Self:

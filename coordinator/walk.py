@@ -2,66 +2,148 @@
 
 from datetime import timedelta
 
-from coordinator.decision import Announcement, Request
+from coordinator.decision import Announcement, Standing
 from coordinator.draft import MAX_REASON, Draft
-from coordinator.flow import Node, Parallel, Sequence, When, nodes
+from coordinator.fan import fan_in, fan_out
+from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, Stragglers, When, nodes
 from coordinator.instance import Status, StepState, StepStatus
-from coordinator.steps import Deadline, Hook, Step
+from coordinator.requests import send, undo
+from coordinator.steps import Step
+from coordinator.waits import Delay, Wait, seconds_of
 from events.derive import derive_id
-from events.envelope import Direction, Result
-from events.message import Command, Event
+from events.envelope import Direction
+from events.message import Event
 
 
 def walk(draft: Draft) -> None:
     """Send what comes next in the saga's direction, or end it: one walk for both ways."""
     while draft.status.in_flight:
         direction = draft.status
-        go = _advance if direction is Status.RUNNING else _retreat
-        if go(draft, draft.definition.flow):
+        over = _advance(draft, draft.definition.flow, None) if direction is Status.RUNNING else _retreat(draft)
+        if draft.status is not direction:
+            continue
+        if draft.is_pending:
+            return
+        if over:
             _end(draft)
-        elif draft.status is direction:
-            return  # answers are outstanding
+        else:  # a step is stuck whose failure has called a person before
+            draft.explain("something in it has failed for good")
+            draft.status = Status.NEEDS_ATTENTION
 
 
-def _advance(draft: Draft, node: Node) -> bool:
-    """Begin what can be begun of `node`; say whether all of it is done."""
-    if draft.status is not Status.RUNNING:
+def _advance(draft: Draft, node: Node, branch: str | None) -> bool:
+    """Begin what can be begun of `node`; say whether the flow goes on after it."""
+    if draft.status is not Status.RUNNING or (branch and draft.steps[branch].status is not StepStatus.RUNNING):
         return False
     match node:
         case Sequence(parts):
-            return all(_advance(draft, part) for part in parts)
+            return all(_advance(draft, part, branch) for part in parts)
+        case Parallel() if node.may_fail:
+            return _advance_enough(draft, node)
         case Parallel(parts):
-            done = [_advance(draft, part) for part in parts]
+            done = [_advance(draft, part, branch) for part in parts]
             return all(done)
         case When():
             chosen = _choose(draft, node)
-            return chosen is not None and all(_advance(draft, part) for part in chosen)
+            return chosen is not None and all(_advance(draft, part, branch) for part in chosen)
+    return _advance_leaf(draft, node)
+
+
+def _advance_leaf(draft: Draft, node: Leaf) -> bool:
+    if isinstance(node, Each):
+        return fan_out(draft, node)
     if node.name not in draft.steps:
-        draft.steps[node.name] = StepState(StepStatus.RUNNING)
-        send(draft, node, Direction.DO, 1, 1)
-    return draft.steps[node.name].status is StepStatus.SUCCEEDED
+        _begin(draft, node)
+    return draft.steps[node.name].status.done
 
 
-def _retreat(draft: Draft, node: Node) -> bool:
+def _advance_enough(draft: Draft, node: Parallel) -> bool:
+    """Go on in all branches that have not failed; say whether enough of them are done."""
+    branches = draft.definition.branches[node]
+    for branch in branches:
+        draft.steps.setdefault(branch.name, StepState(StepStatus.RUNNING))
+    for branch in branches:
+        if draft.steps[branch.name].status is StepStatus.RUNNING and _advance(draft, branch.part, branch.name):
+            draft.settle(branch.name, StepStatus.SUCCEEDED)
+    states = [draft.steps[branch.name].status for branch in branches]
+    enough = states.count(StepStatus.SUCCEEDED) >= node.needed
+    if enough and node.stragglers is Stragglers.UNDO:
+        for branch in branches:
+            if draft.steps[branch.name].status is StepStatus.RUNNING:
+                draft.turn_branch_back(branch)
+    for branch in branches:
+        if draft.steps[branch.name].status is StepStatus.UNDOING and _go_back(draft, branch.part):
+            draft.settle(branch.name, StepStatus.UNDONE)
+    waiting = any(draft.steps[branch.name].status.pending for branch in branches)
+    return enough and not (waiting and node.stragglers is Stragglers.WAIT)
+
+
+def _begin(draft: Draft, node: Step | Wait | Delay) -> None:
+    draft.steps[node.name] = StepState(StepStatus.RUNNING)
+    match node:
+        case Step():
+            send(draft, node, node.name, Direction.DO, 1, 1)
+        case Wait():
+            _begin_to_wait(draft, node)
+        case Delay():
+            _let_pass(draft, node)
+
+
+def _begin_to_wait(draft: Draft, node: Wait) -> None:
+    try:
+        values = node.values_of(draft.saga, of_event=False)
+    except ValueError as error:
+        draft.settle(node.name, StepStatus.DECLINED)
+        draft.turn_back(f"{node.name} cannot be waited for: {error}", node.name)
+        return
+    due_at = None if node.timeout is None else draft.now + timedelta(seconds=node.timeout)
+    draft.set(node.name, status=StepStatus.WAITING, due_at=due_at)
+    draft.waits.append(Standing(node.name, values))
+
+
+def _let_pass(draft: Draft, node: Delay) -> None:
+    answer, error = draft.ask(node)
+    seconds = 0.0
+    if error is None:
+        try:
+            seconds = seconds_of(answer)
+        except ValueError as wrong:
+            error = str(wrong)
+    if error is not None:
+        draft.settle(node.name, StepStatus.DECLINED)
+        draft.turn_back(f"{node.name} cannot be waited for: {error}", node.name)
+    elif seconds:
+        draft.set(node.name, status=StepStatus.WAITING, due_at=draft.now + timedelta(seconds=seconds))
+    else:
+        draft.settle(node.name, StepStatus.SUCCEEDED)
+
+
+def _retreat(draft: Draft) -> bool:
+    return _go_back(draft, draft.definition.flow)
+
+
+def _go_back(draft: Draft, node: Node) -> bool:
     """Undo what can be undone of `node`; say whether there is nothing more to do, or to wait for."""
     match node:
-        case Sequence(parts):
+        case Sequence(parts, side_by_side=False):
             busy = [part for part in parts if _is_busy(draft, part)]  # a late success waits for its turn
-            return all(_retreat(draft, part) for part in busy or reversed(parts)) and not busy
-        case Parallel(parts):
-            done = [_retreat(draft, part) for part in reversed(parts)]
+            return all(_go_back(draft, part) for part in busy or reversed(parts)) and not busy
+        case Sequence(parts) | Parallel(parts):
+            done = [_go_back(draft, part) for part in reversed(parts)]
             return all(done)
         case When(parts=parts):  # only what was begun has a state
-            return all(_retreat(draft, part) for part in reversed(parts))
+            return all(_go_back(draft, part) for part in reversed(parts))
+        case Each():
+            return fan_in(draft, node)
     at = draft.steps.get(node.name)
-    if at is not None and at.status.to_undo and node.undo is not None:
-        undo(draft, node)
+    if isinstance(node, Step) and at is not None and at.status.to_undo and node.undo is not None:
+        undo(draft, node, node.name)
     return not (at and draft.steps[node.name].status.pending)
 
 
 def _is_busy(draft: Draft, part: Node) -> bool:
     """Say whether an answer or a next attempt is awaited in `part`."""
-    names = (node.name for node in nodes(part) if isinstance(node, Step))
+    names = (node.name for node in nodes(part) if isinstance(node, Leaf))
     return any(name in draft.steps and draft.steps[name].status.pending for name in names)
 
 
@@ -73,70 +155,26 @@ def _choose(draft: Draft, node: When) -> tuple[Node, ...] | None:
         if error is None and not isinstance(holds, bool):
             error = f"it must return True or False, not {type(holds).__name__}"
         if error is not None:
-            draft.turn_back(f"{name} could not be told: {error}")
+            draft.turn_back(f"{name} could not be told: {error}", name)
             return None
         draft.steps[name] = StepState(StepStatus.TAKEN if holds else StepStatus.NOT_TAKEN)
     taken = node.then if draft.steps[name].status is StepStatus.TAKEN else node.otherwise
     return () if taken is None else (taken,)
 
 
-def undo(draft: Draft, step: Step) -> None:
-    """Send the compensation of a step as a new attempt."""
-    at = draft.steps[step.name]
-    attempt = at.undo_attempt + 1
-    # From now on only this tells a success that comes a second time from one that comes late.
-    answer = Result.SUCCEEDED if at.status is StepStatus.SUCCEEDED else at.answer
-    draft.set(step.name, status=StepStatus.UNDOING, answer=answer, undo_attempt=attempt, sends=0, made_of=None)
-    send(draft, step, Direction.UNDO, attempt, 1)
-
-
-def try_anew(draft: Draft, step: Step) -> None:
-    """Send the command of a step as a new attempt."""
-    attempt = draft.steps[step.name].attempt + 1
-    draft.set(step.name, status=StepStatus.RUNNING, attempt=attempt, sends=0)
-    send(draft, step, Direction.DO, attempt, 1)
-
-
-def send(draft: Draft, step: Step, direction: Direction, attempt: int, sends: int) -> None:
-    """Ask the saga for the command and send it; if the saga cannot make it, nothing was done."""
-    hook: Hook | None = step if direction is Direction.DO else step.undo
-    deadline: Deadline = step.deadline if direction is Direction.DO else step.undo_deadline
-    command, error = draft.ask(hook, state=draft.steps[step.name].made_of)
-    if error is None and not isinstance(command, Command):
-        error = f"it must return a Command, not {type(command).__name__}"
-    if error is not None:
-        if direction is Direction.DO:
-            never_sent = draft.steps[step.name].sends == 0 and attempt == 1
-            draft.settle(step.name, StepStatus.DECLINED if never_sent else StepStatus.UNKNOWN)
-            draft.turn_back(f"{step.name} could not be asked for: {error}")
-        else:
-            draft.settle(step.name, StepStatus.UNDO_FAILED)
-            draft.explain(f"{step.name} could not be undone: {error}")
-        return
-    due_at = draft.now + timedelta(seconds=deadline.wait(sends))
-    identity = derive_id(draft.before.id, step.name, direction.value, attempt)
-    if direction is Direction.DO:
-        named = command.message_type if step.undo is not None else None
-        draft.set(step.name, sends=sends, due_at=due_at, command=named)
-        draft.requests.append(Request(identity, command, step.name, direction, attempt))
-        return
-    draft.set(step.name, sends=sends, due_at=due_at)
-    at = draft.steps[step.name]
-    undoes = derive_id(draft.before.id, step.name, Direction.DO.value, at.attempt) if at.command else None
-    draft.requests.append(Request(identity, command, step.name, direction, attempt, undoes, at.command))
-
-
 def _end(draft: Draft) -> None:
     """All steps are done, or all that can be undone is: say so."""
     arguments: tuple[str, ...] = ()
-    if draft.status is Status.RUNNING:
-        draft.status, ending = Status.COMPLETED, draft.definition.on_completed
-    elif any(at.status is StepStatus.UNDO_FAILED for at in draft.steps.values()):
+    if draft.has_stuck:
+        draft.explain("something could not be undone")
         draft.status = Status.NEEDS_ATTENTION
         return
+    if draft.status is Status.RUNNING:
+        draft.status, ending = Status.COMPLETED, draft.definition.on_completed
     else:
         draft.status, ending, arguments = Status.COMPENSATED, draft.definition.on_compensated, (draft.reason or "",)
     if ending is None:
+        draft.answer_as_it_is()
         return
     event, error = draft.ask(ending, *arguments)
     if error is None and event is not None and not isinstance(event, Event):
@@ -146,3 +184,4 @@ def _end(draft: Draft) -> None:
         draft.status = Status.NEEDS_ATTENTION
     elif event is not None:
         draft.announcements.append(Announcement(derive_id(draft.before.id, "announce", draft.status.value), event))
+    draft.answer_as_it_is()

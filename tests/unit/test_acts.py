@@ -125,7 +125,7 @@ def test_who_looked_at_an_older_revision_is_told_to_look_again() -> None:
     ("verb", "step", "said"),
     [
         (Verb.RETRY, "a", "step a is undone; there is nothing to retry"),
-        (Verb.SKIP, "a", "step a is undone; only what has failed for good can be skipped"),
+        (Verb.SKIP, "a", "step a is undone; only what has failed for good, or waits, can be skipped"),
         (Verb.RETRY, "x", "the saga has begun no step 'x'; it has begun: a, b, c"),
         (Verb.SKIP, None, "the saga has begun no step None"),
         (Verb.CANCEL, None, "only a running saga can be cancelled"),

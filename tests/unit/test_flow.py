@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator import Backoff, Status, parallel, sequence, when
 from coordinator.charts import mermaid
-from coordinator.flow import Node, Parallel, Sequence, When, nodes
+from coordinator.flow import Leaf, Node, Parallel, Sequence, When, nodes
 from coordinator.instance import StepStatus
 from coordinator.steps import Hook, Step
 from coordinator.testing import BEGIN, SagaRun
@@ -308,7 +308,7 @@ def flows(draw: st.DrawFn) -> Node:
 
 def precedes(node: Node) -> set[tuple[str, str]]:
     """Pairs of steps of which the first must be done before the second begins."""
-    if isinstance(node, Step):
+    if isinstance(node, Leaf):
         return set()
     found = {pair for part in node.parts for pair in precedes(part)}
     if isinstance(node, Sequence):

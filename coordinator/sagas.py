@@ -1,0 +1,105 @@
+"""The sagas of an application, as its coordinator looks them up."""
+
+from collections.abc import Iterable
+
+from coordinator.definition import SagaDefinition
+from coordinator.instance import Instance
+from coordinator.steps import Start
+from events.bus import Address, Exchange, Queue
+from events.envelope import Envelope
+from events.errors import DefinitionError, RejectedError
+from events.message import Command, Failed, Refused
+from events.registry import Registry
+
+REPLY_ADDRESS = "coordinator"
+CONSUMER = "coordinator"
+_REPLY_QUEUE = "coordinator.replies"
+_EVENT_QUEUE = "coordinator.events"
+_COMMAND_QUEUE = "coordinator.commands"
+
+
+class UnknownSagaError(RejectedError):
+    """No saga instance or definition here has this name; deploy its code or restore its row, then replay."""
+
+    code = "unknown_saga"
+
+
+class Sagas:
+    """The saga definitions of an application, as its coordinator looks them up.
+
+    Attributes:
+        by_version: all of them.
+        starts: by the type of an event: the newest versions that it starts.
+        children: by the type of a command: the newest version that it starts.
+        undoing: the types of commands that undo children.
+        awaited: by the type of an event: all that wait for it somewhere.
+        registry: all messages that are read here.
+    """
+
+    def __init__(self, definitions: Iterable[SagaDefinition]) -> None:
+        self.by_version = {(each.name, each.version): each for each in definitions}
+        self.starts: dict[str, list[SagaDefinition]] = {}
+        self.children: dict[str, SagaDefinition] = {}
+        self.undoing: set[str] = set()
+        self.awaited: dict[str, list[SagaDefinition]] = {}
+        self.registry = Registry([Failed, Refused])
+        for definition in self._newest():
+            for start in definition.starts:
+                self._add_start(definition, start)
+        for definition in self.by_version.values():
+            for step in definition.steps:
+                for hook in (step.on_succeeded, step.on_declined):
+                    if hook is not None:
+                        self.registry.add(hook.outcome)
+            for event in {event for wait in definition.waits for event in wait.events}:
+                self.awaited.setdefault(event.message_type, []).append(definition)
+                self.registry.add(event)
+
+    @property
+    def queues(self) -> list[Queue]:
+        """The queues that a coordinator of these sagas consumes: events, replies, and commands to children."""
+        events = tuple(Address(Exchange.EVENTS, each) for each in sorted(self.starts.keys() | self.awaited.keys()))
+        replies = (Address(Exchange.REPLIES, REPLY_ADDRESS),)
+        queues = [Queue(_EVENT_QUEUE, events), Queue(_REPLY_QUEUE, replies)]
+        if commands := sorted(self.children.keys() | self.undoing):
+            queues.append(Queue(_COMMAND_QUEUE, tuple(Address(Exchange.COMMANDS, each) for each in commands)))
+        return queues
+
+    def is_for_child(self, envelope: Envelope) -> bool:
+        """Whether a message asks for a child saga, or for one to be undone."""
+        return envelope.type in self.children or envelope.type in self.undoing
+
+    def of(self, instance: Instance) -> SagaDefinition:
+        """Return the definition that `instance` was started with.
+
+        Raises:
+            UnknownSagaError: it is not part of this application.
+        """
+        definition = self.by_version.get((instance.saga, instance.version))
+        if definition is None:
+            raise UnknownSagaError(
+                f"the saga {instance.saga} version {instance.version} is not part of this application"
+            )
+        return definition
+
+    def _add_start(self, definition: SagaDefinition, start: Start) -> None:
+        self.registry.add(start.event)
+        if not issubclass(start.event, Command):
+            self.starts.setdefault(start.event.message_type, []).append(definition)
+            return
+        known = self.children.setdefault(start.event.message_type, definition)
+        if known is not definition:
+            raise DefinitionError(
+                f"{start.event.__name__} starts {known.name} and {definition.name}; a command has one receiver"
+            )
+        if start.undone_by is not None:
+            self.undoing.add(start.undone_by.message_type)
+            self.registry.add(start.undone_by)
+
+    def _newest(self) -> list[SagaDefinition]:
+        newest: dict[str, SagaDefinition] = {}
+        for definition in self.by_version.values():
+            known = newest.get(definition.name)
+            if known is None or known.version < definition.version:
+                newest[definition.name] = definition
+        return list(newest.values())
