@@ -87,9 +87,8 @@ def start(definition: SagaDefinition, given: Started) -> Decision:
     method = definition.start_for(given.event.message_type)
     saga = method.__get__(None, definition.cls)(given.event)
     if not isinstance(saga, definition.cls):
-        raise TypeError(
-            f"{definition.cls.__name__}.{method.name} must return a {definition.cls.__name__}, not {saga!r}"
-        )
+        name = definition.cls.__name__
+        raise TypeError(f"{name}.{method.name} must return a {name}, not {saga!r}")
     instance = Instance(
         id=given.saga_id,
         saga=definition.name,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.batch import CONSUMER
+from coordinator.sagas import CONSUMER
 from events.clock import Clock
 from events.ids import Ids
 from events.intake import Intake, Item

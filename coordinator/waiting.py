@@ -1,7 +1,8 @@
 """Which instances wait for which events, and events that are early: kept until an instance waits for them.
 
-Two transactions may miss each other: one that parks an event since nobody waits for it, and one that begins to wait since no
-event was there. Both look for such a pair again after their commit, so that the later one finds it; after a crash a sweep does.
+Two transactions may miss each other: one that parks an event since nobody waits for it, and one that begins to wait
+since no event was there. Both look for such a pair again after their commit, so that the later one finds it; after a
+crash a sweep does.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from coordinator.definition import SagaDefinition
@@ -89,8 +90,13 @@ class Parked:
     event: str
     body: bytes
 
+    @property
+    def keep(self) -> float:
+        """Seconds that it is kept for."""
+        return self.correlation.wait.keep
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class EarlyDelivery:
     """A parked event, as a delivery: it was acknowledged when it was parked."""
 
@@ -169,14 +175,14 @@ class Waiting:
                     p.event,
                     p.body,
                     now,
-                    now + timedelta(seconds=p.correlation.wait.keep),
+                    now + timedelta(seconds=p.keep),
                 )
                 for p in parked
             ],
         )
         await _taken.insert(connection, [(key, consumer, now) for key in sorted(set(taken))])
 
-    async def claim(self, connection: AsyncConnection, most: int) -> Sequence[Row[Any]]:
+    async def claim(self, connection: AsyncConnection, most: int) -> list[Any]:
         """Return parked events that an instance waits for now, locked; others skip them."""
         query = (
             select(parked_event.c.id, parked_event.c.saga, parked_event.c.body)
@@ -185,24 +191,19 @@ class Waiting:
             .limit(most)
             .with_for_update(skip_locked=True)
         )
-        return (await connection.execute(query)).all()
+        return list((await connection.execute(query)).all())
 
     async def remove(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
         """Delete parked events that were handed over. May stand in a block of `together`."""
         await delete_by_id(connection, parked_event, ids)
 
-    async def expire(self, connection: AsyncConnection, now: datetime, most: int) -> Sequence[Row[Any]]:
+    async def expire(self, connection: AsyncConnection, now: datetime, most: int) -> list[Any]:
         """Delete parked events that nobody has waited for in time; return them."""
-        old = (
-            select(parked_event.c.id)
-            .where(parked_event.c.expires_at <= now)
-            .limit(most)
-            .with_for_update(skip_locked=True)
-        )
+        old = select(parked_event.c.id).where(parked_event.c.expires_at <= now).limit(most)
+        is_old = parked_event.c.id.in_(old.with_for_update(skip_locked=True))
         columns = (parked_event.c.id, parked_event.c.saga, parked_event.c.event)
-        return (
-            await connection.execute(delete(parked_event).where(parked_event.c.id.in_(old)).returning(*columns))
-        ).all()
+        found = await connection.execute(delete(parked_event).where(is_old).returning(*columns))
+        return list(found.all())
 
 
 def _id(saga_id: UUID, step: str, event: str) -> UUID:

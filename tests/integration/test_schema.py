@@ -28,6 +28,7 @@ ours = {
     "handler_setting",
     "inbox",
     "outbox",
+    "parked_event",
     "retry",
     "saga_history",
     "saga_instance",

@@ -75,6 +75,6 @@ def downgrade() -> None:
     """Drop tables and columns."""
     for table in ("parked_event", "saga_wait", "saga_item"):
         op.drop_table(table)
-    with op.batch_alter_table("saga_instance") as table:
-        table.drop_column("origin")
-        table.drop_column("turned_back")
+    with op.batch_alter_table("saga_instance") as instance:
+        instance.drop_column("origin")
+        instance.drop_column("turned_back")
