@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from uuid import UUID
 
 import typer
 from rich.console import Console
@@ -19,10 +20,11 @@ from coordinator.charts import mermaid
 from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
 from coordinator.health import serving_health
-from coordinator.instance import Instance, Status
+from coordinator.instance import Instance
 from coordinator.loading import load_app
 from coordinator.node import Node, open_bus, open_reading, open_schema
 from coordinator.publishing import publish_lines
+from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
 from coordinator.settings import load_settings
 from coordinator.store import Store
 from events.clock import SystemClock
@@ -170,15 +172,22 @@ def demo(
 
 @sagas.command("list")
 def list_sagas(
-    saga: Annotated[str | None, typer.Option(help="of this saga only")] = None,
-    status: Annotated[Status | None, typer.Option(help="with this status only")] = None,
+    saga: OfSaga = None,
+    status: OfStatus = None,
+    key: OfKey = None,
+    step: OfStep = None,
+    since: Since = None,
+    until: Until = None,
+    where: Where = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="how many, newest first")] = 50,
+    after: Annotated[UUID | None, typer.Option(help="go on after this one, the last of the page before")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List sagas, newest first, and count them by status."""
+    """List sagas, newest first, and count all there are by status."""
+    query = query_of(saga, status, key, step, since, until, where)
 
     async def work(store: Store) -> None:
-        found = await store.list(saga=saga, status=status, limit=limit)
+        found = await store.list(query, limit=limit, after=after)
         views.print_list(out, found, await store.count_by_status(), as_json=as_json)
 
     _with_store(work)

@@ -9,7 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.decision import HistoryEntry
 from coordinator.instance import Instance, Status, StepState
-from coordinator.tables import saga_history, saga_instance
+from coordinator.search import Query
+from coordinator.tables import IN_FLIGHT, saga_history, saga_instance
 from events.bulk import Bulk, Lookup
 from events.clock import Clock
 from events.database import reader
@@ -157,15 +158,13 @@ class Store:
         return [_instance(row) for row in await self._read(_select().where(where))]
 
     async def list(
-        self, *, saga: str | None = None, status: Status | None = None, limit: int = 50
+        self, query: Query | None = None, *, limit: int = 50, after: UUID | None = None
     ) -> Sequence[Instance]:
-        """Return the newest instances, those of a saga or with a status only if one is given."""
-        query = _select().order_by(saga_instance.c.id.desc()).limit(limit)
-        if saga is not None:
-            query = query.where(saga_instance.c.saga == saga)
-        if status is not None:
-            query = query.where(saga_instance.c.status == status.value)
-        return [_instance(row) for row in await self._read(query)]
+        """Return the instances that are meant, newest first: the first `limit`, or those that follow `after`."""
+        wanted = _select().where((query or Query()).condition()).order_by(saga_instance.c.id.desc()).limit(limit)
+        if after is not None:
+            wanted = wanted.where(saga_instance.c.id < after)
+        return [_instance(row) for row in await self._read(wanted)]
 
     async def history(self, saga_id: UUID) -> Sequence[Row[Any]]:
         """Return the transitions of an instance, oldest first."""
@@ -180,7 +179,7 @@ class Store:
 
     async def count_in_flight(self) -> int:
         """Return how many instances are running or compensating; cheap whatever the number of finished ones."""
-        query = select(func.count()).where(text("status IN ('running', 'compensating')")).select_from(saga_instance)
+        query = select(func.count()).where(text(IN_FLIGHT)).select_from(saga_instance)
         return int((await self._read(query))[0][0])
 
     async def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
