@@ -1,5 +1,6 @@
 """An application: its sagas, handlers and resources under one name."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,13 +14,16 @@ from events.registry import Registry
 from handlers.breaker import Breaker
 from handlers.definition import Handler
 
+_name_pattern = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
 
 @dataclass(frozen=True)
 class App:
     """What one deployment runs. `coordinator run module:app` starts it.
 
     Attributes:
-        name: the name of the application; the CloudEvents `source` of its messages is `/name`.
+        name: the name of the application. The CloudEvents `source` of its messages is `/name`, and the queue of its
+            dead letters on the broker is named after it.
         sagas: the saga classes; several versions of one saga run side by side.
         handlers: what `@handles` made.
         resources: dishka providers of what handlers ask for.
@@ -36,6 +40,10 @@ class App:
     messages: Sequence[type[Message]] = ()
 
     def __post_init__(self) -> None:
+        if not _name_pattern.fullmatch(self.name):
+            raise DefinitionError(
+                f"app {self.name!r}: a name is letters, digits, dots, dashes and underscores, 100 at most"
+            )
         names = [handler.name for handler in self.handlers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise DefinitionError(f"app {self.name}: two handlers are called {', '.join(sorted(twice))}; use `name=`")

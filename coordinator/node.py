@@ -101,7 +101,14 @@ class Node:
         enter = self._stack.enter_async_context
         self.engine = await enter(open_schema(self._settings, self._app.tables))
         self.bus, self.relay = await enter(
-            open_bus(self._settings, self.engine, clock=self._clock, ids=self._ids, random=self._random)
+            open_bus(
+                self._settings,
+                self.engine,
+                application=self._app.name,
+                clock=self._clock,
+                ids=self._ids,
+                random=self._random,
+            )
         )
         self.store = Store(self.engine, self._clock)
         self.publisher = Publisher(
@@ -259,11 +266,14 @@ async def open_bus(
     settings: Settings,
     engine: AsyncEngine,
     *,
+    application: str | None = None,
     clock: Clock | None = None,
     ids: Ids | None = None,
     random: Random | None = None,
 ) -> AsyncIterator[tuple[Bus, Relay]]:
     """Open the bus, and run a relay from the database's outbox to it.
+
+    Who consumes names the `application` whose queues are declared.
 
     Raises:
         ConfigurationError: the embedded bus and PostgreSQL do not go together.
@@ -272,7 +282,7 @@ async def open_bus(
     bus: Bus
     if not settings.embedded:
         url = settings.broker_url.get_secret_value()
-        bus = RabbitMQBus(url, namespace=settings.namespace, clock=clock, ids=ids)
+        bus = RabbitMQBus(url, namespace=settings.namespace, application=application, clock=clock, ids=ids)
     elif engine.dialect.name == "sqlite":
         bus = EmbeddedBus(engine, clock=clock, limits=settings.limits)
     else:
