@@ -236,6 +236,7 @@ def chart_saga(
 
 sagas.command("retry")(saga_commands.retry_step)
 sagas.command("skip")(saga_commands.skip_step)
+sagas.command("resolve")(saga_commands.resolve_step)
 sagas.command("compensate")(saga_commands.compensate_saga)
 sagas.command("cancel")(saga_commands.cancel_saga)
 sagas.command("move-deadline")(saga_commands.move_deadline)

@@ -5,10 +5,10 @@ and the history entry. Every change of an instance goes through here.
 """
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from coordinator.acts import act
-from coordinator.decision import Acted, Decision, HistoryEntry, Input, Replied, Started
+from coordinator.acts import act, told
+from coordinator.decision import Acted, Decision, HistoryEntry, Input, Replied, Started, Verb
 from coordinator.definition import SagaDefinition
 from coordinator.draft import MAX_REASON, Draft
 from coordinator.instance import Instance, Status, StepState, StepStatus
@@ -32,6 +32,8 @@ def decide(definition: SagaDefinition, instance: Instance | None, given: Input) 
     draft = Draft(definition, instance, given.now)
     if isinstance(given, Replied):
         return _reply(draft, given)
+    if isinstance(given, Acted) and given.verb is Verb.RESOLVE:
+        return _resolve(draft, given)
     if isinstance(given, Acted):
         act(draft, given)
         return draft.finish(given.verb.value, step=given.step, actor=given.by, why=given.why)
@@ -67,6 +69,7 @@ def _start(definition: SagaDefinition, given: Started) -> Decision:
         state=saga.to_state(),
         traceparent=given.traceparent,
         created_at=given.now,
+        deadline=None if definition.deadline is None else given.now + timedelta(seconds=definition.deadline),
     )
     draft = Draft(definition, instance, given.now)
     walk(draft)
@@ -161,6 +164,7 @@ def _is_recovered(at: StepState, given: Replied) -> bool:
 def _is_late_effect(at: StepState, given: Replied) -> bool:
     """Say whether a step has, or may have, happened since it was given up on, and nobody has said so before."""
     given_up = at.status in (StepStatus.UNKNOWN, StepStatus.UNDOING, StepStatus.UNDONE, StepStatus.UNDO_FAILED)
+    given_up = given_up or (at.status is StepStatus.DECLINED and at.answer is not None)  # a person said so, and may err
     if given.direction is not Direction.DO or given.attempt != at.attempt or not given_up:
         return False
     if at.answer is None:
@@ -181,7 +185,8 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
         if given.result is Result.SUCCEEDED:  # it was given up on, and there is only the way on
             draft.settle(step.name, StepStatus.SUCCEEDED, answer=given.result)
             if not error:
-                draft.status, draft.reason = Status.RUNNING, None
+                draft.resume()
+                draft.clear()
             walk(draft)
         return
     undoing = draft.steps[step.name].status is StepStatus.UNDOING
@@ -210,13 +215,38 @@ def _late_undo(draft: Draft, step: Step) -> None:
         walk(draft)
 
 
+def _resolve(draft: Draft, given: Acted) -> Decision:
+    """Take what an operator says of a step like what its handler would have said."""
+    step, said = told(draft, given)
+    was = draft.steps[step.name].status
+    if said.direction is Direction.UNDO:
+        draft.settle(step.name, StepStatus.UNDONE)
+    elif was in (StepStatus.RUNNING, StepStatus.RETRYING) or draft.is_past_pivot:
+        if said.result is Result.SUCCEEDED:
+            draft.resume()
+        _done(draft, step, said)
+        draft.clear()
+    elif said.result is Result.SUCCEEDED:
+        _late_effect(draft, step, said)
+    else:
+        draft.apply(step.on_declined, said.outcome)
+        draft.settle(step.name, StepStatus.DECLINED)
+    if said.result is Result.DECLINED:  # a handler does not say so and succeed later; who looks from outside may err
+        draft.set(step.name, answer=Result.DECLINED)
+    if was is StepStatus.UNDO_FAILED and draft.status is Status.NEEDS_ATTENTION:
+        draft.status = Status.COMPENSATING
+    walk(draft)
+    about = {"step": step.name, "direction": said.direction, "attempt": said.attempt, "result": said.result}
+    return draft.finish(given.verb.value, **about, actor=given.by, why=given.why)
+
+
 def _elapse(draft: Draft) -> Decision | None:
     due = [name for name, at in draft.steps.items() if at.due_at is not None and at.due_at <= draft.now]
     too_late = draft.deadline is not None and draft.deadline <= draft.now
     if not due and not too_late:
         return None  # somebody was faster: the deadline was met or moved
     if too_late:
-        draft.turn_back(f"it was not done within {draft.definition.deadline:g} s")
+        draft.turn_back(f"it was not done by {draft.deadline:%Y-%m-%d %H:%M:%S %Z}")
     for name in due:
         step, at = draft.definition.by_name[name], draft.steps[name]
         if at.status is StepStatus.RUNNING:

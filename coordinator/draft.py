@@ -27,6 +27,7 @@ class Draft:
         self.steps = dict(instance.steps)
         self.status = instance.status
         self.reason = instance.reason
+        self.limit = instance.deadline
         self.requests: list[Request] = []
         self.announcements: list[Announcement] = []
 
@@ -60,6 +61,22 @@ class Draft:
         self.explain(reason)
         self.status = Status.NEEDS_ATTENTION if self.is_past_pivot else Status.COMPENSATING
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether there is no way back, and a step is why there is no way on either."""
+        failed = (at.status in (StepStatus.UNKNOWN, StepStatus.DECLINED) for at in self.steps.values())
+        return self.is_past_pivot and any(failed)
+
+    def resume(self) -> None:
+        """Let a saga go on that is past its pivot and needed attention."""
+        if self.is_past_pivot and self.status is Status.NEEDS_ATTENTION:
+            self.status = Status.RUNNING
+
+    def clear(self) -> None:
+        """Forget why a saga needed attention that goes on, once its last stuck step does."""
+        if self.status is Status.RUNNING and not self.is_stuck:
+            self.reason = None
+
     def wait(self, step: str, status: StepStatus, seconds: float) -> None:
         """Let a step wait for its next attempt."""
         self.settle(step, status)
@@ -68,10 +85,7 @@ class Draft:
     @property
     def deadline(self) -> datetime | None:
         """When the saga as a whole turns back; None if it never does, or cannot any more."""
-        seconds, begun = self.definition.deadline, self.before.created_at
-        if seconds is None or begun is None or self.status is not Status.RUNNING or self.is_past_pivot:
-            return None
-        return begun + timedelta(seconds=seconds)
+        return None if self.status is not Status.RUNNING or self.is_past_pivot else self.limit
 
     def finish(self, kind: str, **about: Any) -> Decision:
         before, state = self.before, self.state
@@ -80,6 +94,8 @@ class Draft:
             change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
         if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
+        if self.limit != before.deadline:
+            change["deadline"] = self.limit and self.limit.isoformat()
         due = [at.due_at for at in self.steps.values() if at.due_at is not None and self.status.in_flight]
         if (deadline := self.deadline) is not None:
             due.append(deadline)
@@ -92,6 +108,7 @@ class Draft:
             due_at=min(due) if due else None,
             reason=self.reason,
             updated_at=self.now,
+            deadline=self.limit,
         )
         sent = [
             {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}

@@ -129,6 +129,7 @@ class Instance:
         due_at: the earliest deadline, its own or of its steps.
         reason: why it is undone or needs attention.
         traceparent: the span that the whole saga belongs to.
+        deadline: when the saga as a whole turns back, unless a pivot has begun; None for never.
     """
 
     id: UUID
@@ -144,3 +145,4 @@ class Instance:
     traceparent: str | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    deadline: datetime | None = None

@@ -1,12 +1,13 @@
 """How people step into sagas that are stuck, or that they want to stop."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from coordinator.app import App
-from coordinator.decision import Acted, Verb
+from coordinator.decision import Acted, Resolution, Verb
 from coordinator.engine import Engine
 from coordinator.instance import Instance
 from coordinator.node import make_engine, open_bus, open_schema
@@ -54,6 +55,8 @@ class Operator:
         step: str | None = None,
         until: datetime | None = None,
         revision: int | None = None,
+        resolution: Resolution | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> Instance:
         """Do something to a saga, and return it as it is then.
 
@@ -62,9 +65,11 @@ class Operator:
             verb: what to do.
             by: who does it.
             why: the reason, for the history.
-            step: the step that is meant, for a verb that needs one.
+            step: the step that is meant, for a verb that needs one; of a deadline, None is the saga's own.
             until: the new deadline, to move one.
             revision: the revision that was looked at.
+            resolution: how a step has ended, to resolve it.
+            data: what its handler would have said, as JSON data.
 
         Raises:
             ConfigurationError: there is no such saga, or no reason is given.
@@ -75,7 +80,7 @@ class Operator:
         found = await self.find(reference)
         await self.store.clock.calibrate()
         now = self.store.clock.now()
-        return await self._engine.act(found.id, Acted(verb, by, why, now, step, until, revision))
+        return await self._engine.act(found.id, Acted(verb, by, why, now, step, until, revision, resolution, data))
 
 
 @asynccontextmanager

@@ -30,9 +30,11 @@ _COLUMNS = (
     "traceparent",
     "created_at",
     "updated_at",
+    "deadline",
 )
 _insert = Bulk(saga_instance, *_COLUMNS)
-_update = Bulk(saga_instance, "id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at")
+_CHANGING = ("id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at", "deadline")
+_update = Bulk(saga_instance, *_CHANGING)
 _load = Lookup(saga_instance, *_COLUMNS, key="id")
 _load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
 _record = Bulk(
@@ -97,7 +99,8 @@ class Store:
             StaleRowError: one of them has moved on; nothing may be committed.
         """
         rows = [
-            (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at) for i in instances
+            (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at, i.deadline)
+            for i in instances
         ]
         expected = ("revision", [loaded[instance.id].revision for instance in instances])
         await _update.update(connection, rows, key="id", expected=expected)
@@ -216,11 +219,13 @@ def _row(i: Instance) -> tuple[Any, ...]:
         i.traceparent,
         i.created_at,
         i.updated_at,
+        i.deadline,
     )
 
 
 def _instance(row: Any) -> Instance:
-    (identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, created, updated) = row
+    identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *times = row
+    created, updated, deadline = times
     return Instance(
         id=identity,
         saga=saga,
@@ -235,4 +240,5 @@ def _instance(row: Any) -> Instance:
         traceparent=traceparent,
         created_at=created,
         updated_at=updated,
+        deadline=deadline,
     )

@@ -24,6 +24,7 @@ saga_instance = Table(
     Column("traceparent", Text),
     Column("created_at", Timestamp, nullable=False),
     Column("updated_at", Timestamp, nullable=False),
+    Column("deadline", Timestamp),
     Index("uq_saga_instance_saga_key", "saga", "key", unique=True),
     Index("ix_saga_instance_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
     Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),

@@ -20,6 +20,8 @@ def walk(draft: Draft) -> None:
         if go(draft, draft.definition.flow):
             _end(draft)
         elif draft.status is direction:
+            if draft.is_stuck and not any(at.status.pending for at in draft.steps.values()):
+                draft.status = Status.NEEDS_ATTENTION  # of several stuck steps one went on, and another has not
             return  # answers are outstanding
 
 

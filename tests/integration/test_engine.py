@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
+from datetime import timedelta
 from itertools import count
 from typing import Any, Self
 from uuid import UUID, uuid4
@@ -14,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.acts import NotPossibleError
-from coordinator.decision import Verb
+from coordinator.decision import Resolution, Verb
 from coordinator.definition import Saga
 from coordinator.engine import Engine
 from coordinator.flow import parallel, sequence, when
@@ -630,6 +631,50 @@ async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: Worl
     with pytest.raises(NotPossibleError):
         await operator.act("t-1", Verb.CANCEL, by="ada", why="once more")
     assert len(await world.history()) == 3
+
+
+async def test_an_operator_says_how_a_step_ended_and_the_saga_goes_on_from_there(world: World) -> None:
+    coordinator = await world.coordinator()
+    operator = Operator(coordinator.engine, coordinator.store)
+    await coordinator.take(wanted())
+    await coordinator.take(reply((await world.instance()).id, "hotel"))
+    about: dict[str, Any] = {"by": "ada", "why": "the airline says so", "step": "flight"}
+    with pytest.raises(NotPossibleError, match="ticket: Field required"):
+        await operator.act("t-1", Verb.RESOLVE, resolution=Resolution.SUCCEEDED, **about)
+    given: dict[str, Any] = {"resolution": Resolution.SUCCEEDED, "data": {"ticket": "T7"}}
+    instance = await operator.act("t-1", Verb.RESOLVE, **about, **given)
+    assert (instance.state["ticket"], instance) == ("T7", await world.instance())
+    assert len(await world.sent("pay.trip")) == 1
+    row = (await coordinator.store.history(instance.id))[-1]
+    assert (row.kind, row.step, row.result, row.why) == ("resolve", "flight", "succeeded", "the airline says so")
+
+
+async def test_a_cancel_that_races_the_last_reply_comes_first_or_is_refused(world: World) -> None:
+    coordinator = await world.coordinator(NewTrip)
+    operator = Operator(coordinator.engine, coordinator.store)
+    for trip in map(str, range(10)):
+        await coordinator.take(wanted(trip))
+        last = coordinator.take(reply((await world.instance(trip)).id, "hotel"))
+        act = operator.act(trip, Verb.CANCEL, by="ada", why="stop it")
+        cancelled, _ = await asyncio.gather(act, last, return_exceptions=True)
+        history, status = await world.history(trip), (await world.instance(trip)).status
+        if isinstance(cancelled, Instance):
+            assert (history, status) == (["started", "cancel", "reply"], Status.COMPENSATED)
+        else:
+            assert isinstance(cancelled, NotPossibleError)
+            assert (history, status) == (["started", "reply"], Status.COMPLETED)
+
+
+async def test_the_deadline_of_a_saga_is_moved_for_good(world: World) -> None:
+    coordinator = await world.coordinator(Stubborn)
+    operator = Operator(coordinator.engine, coordinator.store)
+    await coordinator.take(wanted())
+    until = coordinator.store.clock.now() + timedelta(seconds=5)
+    moved = await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="it is urgent", until=until)
+    assert (moved.deadline, moved.due_at, moved) == (until, until, await world.instance())
+    world.clock.advance(5)
+    assert await coordinator.engine.fire_timers() == 1
+    assert (await world.instance()).status is Status.COMPENSATING
 
 
 async def test_of_two_operators_at_once_the_second_is_told_to_look_again(world: World) -> None:
