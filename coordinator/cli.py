@@ -145,7 +145,8 @@ def publish(
         raise ConfigurationError(f"there is no file {file}")
 
     async def work() -> bool:
-        async with open_schema(settings) as engine, open_bus(settings, engine) as (bus, _relay):
+        name = loaded.name if loaded else None
+        async with open_schema(settings) as engine, open_bus(settings, engine, application=name) as (bus, _relay):
             with sys.stdin.buffer if str(file) == "-" else file.open("rb") as lines:
                 return await publish_lines(lines, bus, loaded, settings.limits, out, as_json=as_json)
 
