@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dishka import Provider
 from sqlalchemy import MetaData
 
-from coordinator.definition import Saga
+from coordinator.definition import Saga, SagaDefinition
 from events.errors import DefinitionError
 from events.message import Command, Message
 from events.registry import Registry
@@ -24,7 +24,9 @@ class App:
     Attributes:
         name: the name of the application. The CloudEvents `source` of its messages is `/name`, and the queue of its
             dead letters on the broker is named after it.
-        sagas: the saga classes; several versions of one saga run side by side.
+        sagas: the saga classes; several versions of one saga run side by side, and the highest one starts new
+            instances.
+        retired: versions that start no new instances, and are there to finish theirs.
         handlers: what `@handles` made.
         resources: dishka providers of what handlers ask for.
         tables: tables of the application's own that are created at start where they are missing. For
@@ -34,6 +36,7 @@ class App:
 
     name: str
     sagas: Sequence[type[Saga]] = ()
+    retired: Sequence[type[Saga]] = ()
     handlers: Sequence[Handler] = ()
     resources: Sequence[Provider] = ()
     tables: Sequence[MetaData] = ()
@@ -50,7 +53,7 @@ class App:
         commands = [handler.message for handler in self.handlers if issubclass(handler.message, Command)]
         if twice := {command.__name__ for command in commands if commands.count(command) > 1}:
             raise DefinitionError(f"app {self.name}: {', '.join(sorted(twice))} has two handlers; a command has one")
-        sagas = [(saga.definition.name, saga.definition.version) for saga in self.sagas]
+        sagas = [(each.name, each.version) for each in self.definitions]
         if doubled := {saga for saga in sagas if sagas.count(saga) > 1}:
             raise DefinitionError(f"app {self.name}: two sagas have the same name and version: {sorted(doubled)}")
         breakers: dict[str, Breaker] = {}
@@ -65,6 +68,11 @@ class App:
         return f"/{self.name}"
 
     @property
+    def definitions(self) -> list[SagaDefinition]:
+        """All versions of all sagas, the retired ones, too."""
+        return [saga.definition for saga in (*self.sagas, *self.retired)]
+
+    @property
     def registry(self) -> Registry:
         """All message classes that can be read off the application."""
         return Registry(self._message_classes())
@@ -73,10 +81,10 @@ class App:
         yield from self.messages
         for handler in self.handlers:
             yield handler.message
-        for saga in self.sagas:
-            for start in saga.definition.starts:
+        for definition in self.definitions:
+            for start in definition.starts:
                 yield start.event
-            for step in saga.definition.steps:
+            for step in definition.steps:
                 for hook in (step.on_succeeded, step.on_declined):
                     if hook is not None:
                         yield hook.outcome

@@ -25,13 +25,14 @@ from events.intake import Item
 from events.message import Event, Failed, Message, Refused
 from events.outbox import Outbound, route
 from events.registry import Registry
-from handlers.retries import row_of
+from handlers.retries import Waiting, row_of
 
 logger = logging.getLogger(__name__)
 
 REPLY_ADDRESS = "coordinator"
 CONSUMER = "coordinator"
 
+SagaKey = tuple[str, int]  # a saga's name and version
 Note = Callable[[], None]
 
 
@@ -42,13 +43,15 @@ class UnknownSagaError(RejectedError):
 
 
 class Sagas:
-    """The saga definitions of an application, as its coordinator looks them up."""
+    """The saga definitions of an application, as its coordinator looks them up; `retired` ones start nothing."""
 
-    def __init__(self, definitions: Iterable[SagaDefinition]) -> None:
-        self.by_version = {(each.name, each.version): each for each in definitions}
+    def __init__(self, definitions: Iterable[SagaDefinition], retired: Iterable[SagaDefinition] = ()) -> None:
+        starting = list(definitions)
+        self.by_version = {(each.name, each.version): each for each in (*starting, *retired)}
+        self.missing: set[SagaKey] = set()  # what replies have come for in vain
         self.starts: dict[str, list[SagaDefinition]] = {}
         self.registry = Registry([Failed, Refused])
-        for definition in self._newest():
+        for definition in _newest(starting):
             for start in definition.starts:
                 self.starts.setdefault(start.event.message_type, []).append(definition)
                 self.registry.add(start.event)
@@ -71,13 +74,14 @@ class Sagas:
             )
         return definition
 
-    def _newest(self) -> list[SagaDefinition]:
-        newest: dict[str, SagaDefinition] = {}
-        for definition in self.by_version.values():
-            known = newest.get(definition.name)
-            if known is None or known.version < definition.version:
-                newest[definition.name] = definition
-        return list(newest.values())
+
+def _newest(definitions: Iterable[SagaDefinition]) -> list[SagaDefinition]:
+    newest: dict[str, SagaDefinition] = {}
+    for definition in definitions:
+        known = newest.get(definition.name)
+        if known is None or known.version < definition.version:
+            newest[definition.name] = definition
+    return list(newest.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class Batch:
         history: the transitions.
         messages: what to send, each with the id of the instance that sends it.
         letters: messages that cannot be taken.
+        held: replies to instances of versions that this application does not have, for processes that have them.
     """
 
     def __init__(self, sagas: Sagas, ports: Ports, loaded: Mapping[UUID, Instance]) -> None:
@@ -117,6 +122,7 @@ class Batch:
         self.history: list[HistoryRow] = []
         self.messages: list[tuple[UUID, Outbound]] = []
         self.letters: list[DeadLetter] = []
+        self.held: list[Waiting] = []
         self._notes: list[Note] = []
 
     @property
@@ -131,7 +137,7 @@ class Batch:
             if not isinstance(part, Readable):
                 raise part.error  # noqa: TRY301  # one way to end up as a dead letter
             if part.envelope.saga is not None:
-                self._take_reply(item, part.envelope, part.envelope.saga)
+                self._take_reply(item, part, part.envelope.saga)
             else:
                 self._take_event(item, part.envelope)
         except Exception as error:  # noqa: BLE001  # user code of a start method raises what it likes
@@ -176,6 +182,16 @@ class Batch:
         self.letters.append(DeadLetter(item, CONSUMER, reason, detail, reopens=reopens))
         self._notes.append(lambda: _warn(reason, error))
 
+    def _hold(self, item: Item, part: Readable, key: SagaKey) -> None:
+        """Keep a reply for those who have the version that it is for: in a rolling deployment not everybody does."""
+        row = row_of(item)
+        waiting = Waiting.of(item, part, id=self._ports.ids.new(), consumer=holding(*key), now=self._ports.now())
+        waiting.dead_letter_id = row.dead_letter_id if row else None
+        self.held.append(waiting)
+        if key not in self._sagas.missing:
+            self._sagas.missing.add(key)
+            self._notes.append(lambda: _note_missing(key))
+
     def drop(self, duplicates: Iterable[UUID]) -> None:
         """Forget new instances whose business key turns out to be taken, with all that they caused."""
         dropped = set(duplicates)
@@ -218,13 +234,16 @@ class Batch:
             self.new[decision.instance.saga, decision.instance.key] = decision.instance
             self._keep(decision, messages)
 
-    def _take_reply(self, item: Item, envelope: Envelope, saga: SagaLink) -> None:
+    def _take_reply(self, item: Item, part: Readable, saga: SagaLink) -> None:
         if saga.result is None:
             raise InvalidMessageError("a reply must carry a result")
         instance = self.current.get(saga.saga_id)
         if instance is None:
             raise UnknownSagaError(f"there is no saga instance {saga.saga_id}")
-        definition = self._sagas.of(instance)
+        if (key := (instance.saga, instance.version)) not in self._sagas.by_version:
+            self._hold(item, part, key)
+            return
+        envelope, definition = part.envelope, self._sagas.of(instance)
         outcome = self._outcome(definition, saga, envelope)
         given = Replied(
             saga.step,
@@ -339,6 +358,19 @@ class Batch:
                 extra={"action": "saga.duplicate_start", "saga": instance.saga, "key": instance.key},
             )
         )
+
+
+def holding(saga: str, version: int) -> str:
+    """Return the consumer for whom replies to instances of a version are held."""
+    return f"{CONSUMER}.{saga}.{version}"
+
+
+def _note_missing(key: SagaKey) -> None:
+    logger.warning(
+        "replies to saga %s version %d are held: that version is not part of this application",
+        *key,
+        extra={"action": "saga.unknown_version", "saga": key[0], "version": key[1]},
+    )
 
 
 def _alert(instance: Instance) -> None:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from coordinator import process, saga_commands, views
+from coordinator import process, saga_commands, version_commands, views
 from coordinator.charts import mermaid
 from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
@@ -214,7 +214,7 @@ def chart_saga(
     ] = None,
 ) -> None:
     """Print a saga as a Mermaid flowchart."""
-    definitions = {(each.definition.name, each.definition.version): each.definition for each in load_app(app).sagas}
+    definitions = {(each.name, each.version): each for each in load_app(app).definitions}
     if saga is not None and saga not in {name for name, _ in definitions}:
         names = ", ".join(sorted({name for name, _ in definitions})) or "none"
         raise ConfigurationError(f"{app} has no saga called {saga}; it has: {names}")
@@ -241,6 +241,8 @@ sagas.command("resolve")(saga_commands.resolve_step)
 sagas.command("compensate")(saga_commands.compensate_saga)
 sagas.command("cancel")(saga_commands.cancel_saga)
 sagas.command("move-deadline")(saga_commands.move_deadline)
+sagas.command("versions")(version_commands.list_versions)
+sagas.command("forget-version")(version_commands.forget_version)
 
 
 @database.command("upgrade")

@@ -46,6 +46,7 @@ class Engine:
         self,
         definitions: Iterable[SagaDefinition],
         *,
+        retired: Iterable[SagaDefinition] = (),
         source: str,
         engine: AsyncEngine,
         store: Store,
@@ -56,7 +57,7 @@ class Engine:
         limits: Limits,
         timer_every: float = 0.5,
     ) -> None:
-        self._sagas = Sagas(definitions)
+        self._sagas = Sagas(definitions, retired)
         self.queues = coordinator_queues(self._sagas)
         self._ports = Ports(source, store.clock.now, clock.now, ids)
         self._engine = engine
@@ -68,7 +69,7 @@ class Engine:
         self._ids = ids
         self._timer_every = timer_every
         self._intake = Intake(limits)
-        self._replays = Replays(engine, self._intake, clock=clock, ids=ids)
+        self._replays = Replays(engine, self._intake, self._sagas.by_version, clock=clock, ids=ids)
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
 
@@ -203,6 +204,7 @@ class Engine:
         if batch.letters:
             await bury(connection, batch.letters, ids=self._ids, now=self._store.clock.now())
         await self._replays.remove(connection, items)
+        await self._replays.hold(connection, batch.held)
         messages = [message for _, message in batch.messages]
         hand_over = await self._outbox.write(connection, messages, completed_by(items))
 

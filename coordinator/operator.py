@@ -13,6 +13,7 @@ from coordinator.instance import Instance
 from coordinator.node import make_engine, open_bus, open_schema
 from coordinator.settings import Settings
 from coordinator.store import Store
+from coordinator.versions import Versions
 from events.clock import SystemClock
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
@@ -89,10 +90,12 @@ async def open_operator(app: App, settings: Settings) -> AsyncIterator[Operator]
 
     Raises:
         DatabaseInUseError: another process works on the SQLite file.
+        ChangedVersionError: a saga is not what its instances were begun with.
     """
     clock, ids = SystemClock(), TimeOrderedIds()
     async with open_schema(settings, app.tables) as database, open_bus(settings, database) as (bus, relay):
         store = Store(database, clock)
         outbox = bus if isinstance(bus, EmbeddedBus) else relay
         engine = make_engine(app, settings, store, bus=bus, outbox=outbox, clock=clock, ids=ids)
+        await Versions(database).check(app.definitions)
         yield Operator(engine, store)

@@ -31,6 +31,17 @@ saga_instance = Table(
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02"},
 )
 
+# What each version of a saga was like when it was first run: an instance must not find another flow than it began with.
+saga_version = Table(
+    "saga_version",
+    metadata,
+    Column("saga", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("structure", Json, nullable=False),
+    Column("first_seen", Timestamp, nullable=False),
+)
+
 # Append only: nothing here is ever changed.
 saga_history = Table(
     "saga_history",

@@ -31,6 +31,7 @@ ours = {
     "retry",
     "saga_history",
     "saga_instance",
+    "saga_version",
 }
 shop = MetaData()
 products = Table("product", shop, Column("id", Integer, primary_key=True), Column("name", Text, nullable=False))
