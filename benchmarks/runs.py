@@ -52,7 +52,7 @@ async def throughput_servers(amqp_url: str, pg_url: str, sagas: int) -> Throughp
     """A coordinator process and a handler process, as an operator starts them."""
     chosen = settings(amqp_url, pg_url)
     with _processes(chosen, ("coordinator", "handlers")) as processes:
-        async with open_schema(chosen) as engine, open_bus(chosen, engine) as (bus, _):
+        async with open_schema(chosen) as engine, open_bus(chosen, engine, application="benchmark") as (bus, _):
             store = Store(engine, _clock)
             await _pass_through(bus, store, sagas // 10)
             before = [_cpu(process) for process in processes.values()]
@@ -74,7 +74,7 @@ async def latency_embedded(folder: Path, sagas: int) -> Latency:
 async def latency_servers(amqp_url: str, pg_url: str, sagas: int) -> Latency:
     chosen = settings(amqp_url, pg_url)
     with _processes(chosen, ("coordinator", "handlers")):
-        async with open_schema(chosen) as engine, open_bus(chosen, engine) as (bus, _):
+        async with open_schema(chosen) as engine, open_bus(chosen, engine, application="benchmark") as (bus, _):
             delivery = await floor.delivery(amqp_url, sagas)
             commit = await floor.commit_postgres(pg_url, sagas)
             times = await _one_by_one(bus, sagas)

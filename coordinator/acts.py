@@ -1,17 +1,35 @@
-"""What an operator does to a saga: retry, skip, compensate, cancel, move a deadline. Pure, like all of the core.
+"""What an operator does to a saga: retry, skip, resolve, compensate, cancel, move or cancel a deadline. Pure.
 
 Every act says who and why, and is part of the history. One that makes no sense where the saga stands is refused with
 what could be done instead; nothing is changed then.
 """
 
-from coordinator.decision import Acted, Verb
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from coordinator.decision import Acted, Replied, Resolution, Verb
 from coordinator.draft import Draft
 from coordinator.instance import Status, StepState, StepStatus, step_and_item
 from coordinator.requests import send, try_anew, undo
-from coordinator.steps import Step
+from coordinator.steps import OutcomeHook, Step
+from coordinator.waits import Wait
 from coordinator.walk import walk
-from events.envelope import Direction
+from events.envelope import Direction, Result
 from events.errors import CoordinatorError
+from events.message import Message
+from events.registry import explain
+
+_RESULTS = {
+    Resolution.SUCCEEDED: Result.SUCCEEDED,
+    Resolution.DECLINED: Result.DECLINED,
+    Resolution.FAILED: Result.FAILED,
+    Resolution.UNDONE: Result.SUCCEEDED,
+}
+_OPEN = (StepStatus.RUNNING, StepStatus.RETRYING)
+_ON_THE_WAY_BACK = (StepStatus.UNKNOWN, StepStatus.UNDOING, StepStatus.UNDO_RETRYING, StepStatus.UNDO_FAILED)
 
 
 class NotPossibleError(CoordinatorError):
@@ -26,10 +44,7 @@ def act(draft: Draft, given: Acted) -> None:
     Raises:
         NotPossibleError: it makes no sense here; the draft is not to be used.
     """
-    if given.revision not in (None, draft.before.revision):
-        raise NotPossibleError(
-            f"the saga has moved on: it is at revision {draft.before.revision}, not {given.revision}; look at it again"
-        )
+    _refuse_stale(draft, given)
     match given.verb:
         case Verb.CANCEL:
             _cancel(draft, given)
@@ -41,8 +56,81 @@ def act(draft: Draft, given: Acted) -> None:
         case Verb.SKIP:
             _skip(draft, *_begun(draft, given))
         case Verb.MOVE_DEADLINE:
-            _move(draft, given, *_begun(draft, given))
+            _move(draft, given)
+        case Verb.CANCEL_DEADLINE:
+            _lift(draft, given)
+        case Verb.RESOLVE:
+            raise ValueError("what an operator says of a step is taken like an answer")
     walk(draft)
+
+
+def told(draft: Draft, given: Acted) -> tuple[Step, Replied]:
+    """Return what an operator says of a step as the answer that its handler would have given.
+
+    Raises:
+        NotPossibleError: it contradicts what is known, or its data is not what the handler would have said.
+    """
+    _refuse_stale(draft, given)
+    name, at = _begun(draft, given)
+    step = _step(draft, name)
+    if given.resolution is None:
+        raise NotPossibleError(f"say how {name} has ended: {', '.join(Resolution)}")
+    if at.fan is not None:
+        raise NotPossibleError(f"{name} is taken for several items; say which one has ended, as in {name}[0]")
+    if not _is_open_to(draft, name, at, given.resolution):
+        raise NotPossibleError(f"step {name} is {at.status}, and the saga {draft.status}: {_advice(given)}")
+    hook = {Resolution.SUCCEEDED: step.on_succeeded, Resolution.DECLINED: step.on_declined}.get(given.resolution)
+    outcome = _outcome(step, given.resolution, hook, given.data)
+    undone = given.resolution is Resolution.UNDONE
+    direction, attempt = (Direction.UNDO, at.undo_attempt) if undone else (Direction.DO, at.attempt)
+    detail = f"{given.by}: {given.why}"
+    return step, Replied(name, direction, attempt, _RESULTS[given.resolution], outcome, detail, "", given.now)
+
+
+def _is_open_to(draft: Draft, name: str, at: StepState, resolution: Resolution) -> bool:
+    """Say whether a step may have ended like that, as far as is known."""
+    stuck, back = draft.is_past_pivot, at.status in _ON_THE_WAY_BACK
+    match resolution:
+        case Resolution.SUCCEEDED:
+            return at.status in _OPEN or draft.is_why_stuck(name) or back or at.status is StepStatus.UNDONE
+        case Resolution.DECLINED:
+            return at.status in _OPEN or back
+        case Resolution.FAILED:
+            return at.status is StepStatus.RUNNING
+        case Resolution.UNDONE:
+            turned = draft.status in (Status.COMPENSATING, Status.NEEDS_ATTENTION) and not stuck
+            return turned and (back or at.status is StepStatus.SUCCEEDED)
+
+
+def _advice(given: Acted) -> str:
+    if given.resolution is Resolution.UNDONE:
+        return "only what is being undone can be resolved as undone; cancel or compensate the saga first"
+    return f"it cannot have {given.resolution} now"
+
+
+def _outcome(
+    step: Step, resolution: Resolution, hook: OutcomeHook | None, data: Mapping[str, Any] | None
+) -> Message | None:
+    """Return the message that the saga's method takes, made of what the operator has given."""
+    if hook is None:
+        if data:
+            raise NotPossibleError(f"{step.name} takes no data where it has {resolution}; leave it out")
+        return None
+    cls = hook.outcome
+    known = {name for field, info in cls.model_fields.items() for name in (field, info.alias) if name}
+    if strange := ", ".join(sorted(set(data or {}) - known)):
+        raise NotPossibleError(f"{cls.message_type} has no {strange}; it has: {', '.join(cls.model_fields)}")
+    try:
+        return cls.from_data(to_json(data or {}), cls.message_version)
+    except ValidationError as error:
+        raise NotPossibleError(f"{step.name} {resolution} with {cls.message_type}: {explain(error)}") from error
+
+
+def _refuse_stale(draft: Draft, given: Acted) -> None:
+    if given.revision not in (None, draft.before.revision):
+        raise NotPossibleError(
+            f"the saga has moved on: it is at revision {draft.before.revision}, not {given.revision}; look at it again"
+        )
 
 
 def _cancel(draft: Draft, given: Acted) -> None:
@@ -77,9 +165,10 @@ def _retry(draft: Draft, step: Step, name: str, at: StepState) -> None:
         case StepStatus.UNDO_FAILED if at.fan is None:
             draft.reopen(name)
             undo(draft, step, name)
-        case _ if _is_stuck(draft, at):
-            draft.status = Status.RUNNING
+        case _ if draft.is_why_stuck(name):
+            draft.resume()
             try_anew(draft, step, name)
+            draft.clear()
         case _:
             raise NotPossibleError(f"step {name} is {at.status}; there is nothing to retry")
 
@@ -88,26 +177,51 @@ def _skip(draft: Draft, name: str, at: StepState) -> None:
     """Count what has failed as done: somebody has seen to it by hand, or it is not needed; also what is waited for."""
     if at.status in (StepStatus.UNDO_FAILED, StepStatus.UNDO_RETRYING) and at.fan is None:
         draft.settle(name, StepStatus.UNDONE)
+        draft.recount(name)
         draft.reopen(name)
-    elif at.status in (StepStatus.RETRYING, StepStatus.WAITING) or _is_stuck(draft, at):
+    elif at.status in (StepStatus.RETRYING, StepStatus.WAITING) or draft.is_why_stuck(name):
         draft.settle(name, StepStatus.SUCCEEDED)
-        draft.status = Status.RUNNING
+        draft.resume()
+        draft.clear()
     else:
         raise NotPossibleError(f"step {name} is {at.status}; only what has failed for good, or waits, can be skipped")
 
 
-def _move(draft: Draft, given: Acted, name: str, at: StepState) -> None:
-    if not at.status.pending or at.due_at is None or not draft.status.in_flight:
-        raise NotPossibleError(f"step {name} is {at.status}; it has no deadline that could be moved")
+def _move(draft: Draft, given: Acted) -> None:
     if given.until is None or given.until <= given.now:
         raise NotPossibleError("a deadline is moved to a time to come")
+    if given.step is None:
+        _refuse_without_own(draft)
+        draft.limit = given.until
+        return
+    name, at = _begun(draft, given)
+    if not at.status.pending or not draft.status.in_flight or at.fan is not None:
+        raise NotPossibleError(f"step {name} is {at.status}; it has no deadline that could be moved")
     draft.set(name, due_at=given.until)
 
 
-def _is_stuck(draft: Draft, at: StepState) -> bool:
-    """Say whether a step is why a saga goes neither on nor back."""
-    failed = at.status in (StepStatus.UNKNOWN, StepStatus.DECLINED)
-    return failed and draft.status is Status.NEEDS_ATTENTION and draft.is_past_pivot
+def _lift(draft: Draft, given: Acted) -> None:
+    """Let an answer, or the end of the saga, take as long as it takes."""
+    if given.step is None:
+        _refuse_without_own(draft)
+        if draft.limit is None:
+            raise NotPossibleError("the saga has no deadline of its own")
+        draft.limit = None
+        return
+    name, at = _begun(draft, given)
+    is_wait = isinstance(draft.definition.by_name.get(name), Wait)
+    if at.status.pending and not at.status.outstanding and not is_wait:
+        raise NotPossibleError(f"step {name} would never be tried again; move the deadline, retry or skip it")
+    if at.due_at is None or not draft.status.in_flight or at.fan is not None:
+        raise NotPossibleError(f"step {name} is {at.status}; it has no deadline that could be cancelled")
+    draft.set(name, due_at=None)
+
+
+def _refuse_without_own(draft: Draft) -> None:
+    """The saga's own deadline is when it turns back: there is none once it cannot, or has."""
+    if draft.status is not Status.RUNNING or draft.is_past_pivot:
+        past = " and past its pivot" if draft.is_past_pivot else ""
+        raise NotPossibleError(f"the saga is {draft.status}{past}; it has no deadline of its own any more")
 
 
 def _refuse_past_pivot(draft: Draft) -> None:

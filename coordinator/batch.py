@@ -26,7 +26,7 @@ from coordinator.definition import SagaDefinition
 from coordinator.facts import Facts, child_id
 from coordinator.instance import Instance, Origin, Status, StepStatus
 from coordinator.outgoing import Outgoing
-from coordinator.sagas import CONSUMER, Sagas, UnknownSagaError
+from coordinator.sagas import CONSUMER, SagaKey, Sagas, UnknownSagaError, holding
 from coordinator.store import HistoryRow
 from coordinator.waiting import Begun, Correlation, Parked, correlations
 from coordinator.waits import Early
@@ -40,7 +40,7 @@ from events.ids import Ids
 from events.intake import Item
 from events.message import Event, Failed, Message, Succeeded
 from events.outbox import Outbound
-from handlers.retries import row_of
+from handlers.retries import Waiting, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Batch:
         over: parts that wait no more, with the types of what they have waited for.
         parked: events that no instance waits for yet.
         taken: the keys of messages that shall not be taken a second time.
+        held: messages to instances of versions that this application does not have, for processes that have them.
     """
 
     def __init__(self, sagas: Sagas, ports: Ports, facts: Facts) -> None:
@@ -93,6 +94,7 @@ class Batch:
         self.history: list[HistoryRow] = []
         self.messages: list[tuple[UUID, Outbound]] = []
         self.letters: list[DeadLetter] = []
+        self.held: list[Waiting] = []
         self._notes: list[Note] = []
         self._refusals: list[tuple[UUID, Outbound]] = []
         self._dropped: set[UUID] = set()
@@ -115,9 +117,9 @@ class Batch:
                 raise part.error  # noqa: TRY301  # one way to end up as a dead letter
             envelope = part.envelope
             if self._sagas.is_for_child(envelope):
-                self._take_command(item, envelope)
+                self._take_command(item, part)
             elif envelope.saga is not None:
-                self._take_reply(item, envelope, envelope.saga)
+                self._take_reply(item, part, envelope.saga)
             else:
                 self._take_event(item, envelope)
         except Exception as error:  # noqa: BLE001  # user code of a start method raises what it likes
@@ -161,6 +163,16 @@ class Batch:
         reopens = row.dead_letter_id if row else None
         self.letters.append(DeadLetter(item, CONSUMER, reason, detail, reopens=reopens))
         self._notes.append(lambda: _warn(reason, error))
+
+    def _hold(self, item: Item, part: Readable, key: SagaKey) -> None:
+        """Keep a reply for those who have the version that it is for: in a rolling deployment not everybody does."""
+        row = row_of(item)
+        waiting = Waiting.of(item, part, id=self._ports.ids.new(), consumer=holding(*key), now=self._ports.now())
+        waiting.dead_letter_id = row.dead_letter_id if row else None
+        self.held.append(waiting)
+        if key not in self._sagas.missing:
+            self._sagas.missing.add(key)
+            self._notes.append(lambda: _note_missing(key))
 
     def drop(self, duplicates: Iterable[UUID]) -> None:
         """Forget new instances whose business key turns out to be taken, with all that they caused."""
@@ -226,23 +238,36 @@ class Batch:
         self._keep(decision, messages)
 
     def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> None:
-        """Give an event to the instances that wait for it; if there is none, do what is to be done with early ones."""
+        """Give an event to the instances that wait for it, or have waited."""
         waiting = self._facts.standing.get(correlation.id, [])
         if correlation.key is not None and not waiting:
             named = self._facts.by_key.get((correlation.saga, correlation.key))
             waiting = [] if named is None else [(named, correlation.wait.name)]
-        if [each for each in waiting if self._happen(item, envelope, event, *each)]:
-            return
+        here = [each for each in waiting if self._has_version(each[0])]
+        concerned = [each for each in here if self._happen(item, envelope, event, *each)]
+        if len(here) < len(waiting):  # somebody who has that version hands it over
+            self._park(envelope, correlation)
+        elif not concerned:
+            self._take_early(item, envelope, correlation)
+
+    def _take_early(self, item: Item, envelope: Envelope, correlation: Correlation) -> None:
         match correlation.wait.early:
             case Early.PARK:
-                identity = derive_id(envelope.key, "parked", correlation.saga, str(correlation.id))
-                self.parked.append(Parked(identity, correlation, envelope.type, envelope.encode()))
+                self._park(envelope, correlation)
             case Early.DEAD_LETTER:
                 detail = f"no {correlation.saga} waits for it"
                 self.letters.append(DeadLetter(item, CONSUMER, "early", detail))
             case Early.IGNORE:
                 what = ("%s %s is ignored: no %s waits for it", envelope.type, envelope.id, correlation.saga)
                 self._note(*what, action="saga.early_event")
+
+    def _has_version(self, saga_id: UUID) -> bool:
+        instance = self.current.get(saga_id)
+        return instance is None or (instance.saga, instance.version) in self._sagas.by_version
+
+    def _park(self, envelope: Envelope, correlation: Correlation) -> None:
+        identity = derive_id(envelope.key, "parked", correlation.saga, str(correlation.id))
+        self.parked.append(Parked(identity, correlation, envelope.type, envelope.encode()))
 
     def take_parked(self, saga: str, item: Item) -> None:
         """Decide on an event that was parked for a saga, and that an instance waits for now."""
@@ -254,7 +279,8 @@ class Batch:
             raise InvalidMessageError(f"{envelope.type} is no event")
         for correlation in correlations(self._sagas.awaited.get(envelope.type, []), event):
             if correlation.saga == saga:
-                for waiting in self._facts.standing.get(correlation.id, []):
+                here = (each for each in self._facts.standing.get(correlation.id, []) if self._has_version(each[0]))
+                for waiting in here:
                     self._happen(item, envelope, event, *waiting)
 
     def _happen(self, item: Item, envelope: Envelope, event: Event, saga_id: UUID, step: str) -> bool:
@@ -272,15 +298,17 @@ class Batch:
             self.stop(instance, f"{step} cannot take {envelope.type}: {error!r}")
         return self.current[saga_id] is not instance
 
-    def _take_command(self, item: Item, envelope: Envelope) -> None:
+    def _take_command(self, item: Item, part: Readable) -> None:
         """A parent asks for what its child is there for, or to undo it."""
-        link = envelope.saga
+        envelope, link = part.envelope, part.envelope.saga
         if link is None or envelope.reply_to is None:
             raise InvalidMessageError(f"{envelope.type} starts a child; only a step of a saga can send it")
         origin = Origin(link.saga_id, link.step, link.attempt, envelope.reply_to)
         identity, now = child_id(link.saga_id, link.step), self._ports.now()
         instance = self._known(identity)
-        if instance is not None:
+        if instance is not None and (key := (instance.saga, instance.version)) not in self._sagas.by_version:
+            self._hold(item, part, key)
+        elif instance is not None:
             given = (
                 Asked(origin, envelope.id, now)
                 if link.direction is Direction.DO
@@ -334,13 +362,16 @@ class Batch:
     def _outgoing(self, cause: str | None, traceparent: str | None) -> Outgoing:
         return Outgoing(self._ports.source, self._ports.time, cause, traceparent)
 
-    def _take_reply(self, item: Item, envelope: Envelope, saga: SagaLink) -> None:
+    def _take_reply(self, item: Item, part: Readable, saga: SagaLink) -> None:
         if saga.result is None:
             raise InvalidMessageError("a reply must carry a result")
         instance = self.current.get(saga.saga_id)
         if instance is None:
             raise UnknownSagaError(f"there is no saga instance {saga.saga_id}")
-        definition = self._sagas.of(instance)
+        if (key := (instance.saga, instance.version)) not in self._sagas.by_version:
+            self._hold(item, part, key)
+            return
+        envelope, definition = part.envelope, self._sagas.of(instance)
         outcome = self._outcome(definition, saga, envelope)
         given = Replied(
             saga.step,
@@ -428,6 +459,14 @@ class Batch:
                 extra={"action": "saga.duplicate_start", "saga": instance.saga, "key": instance.key},
             )
         )
+
+
+def _note_missing(key: SagaKey) -> None:
+    logger.warning(
+        "replies to saga %s version %d are held: that version is not part of this application",
+        *key,
+        extra={"action": "saga.unknown_version", "saga": key[0], "version": key[1]},
+    )
 
 
 def _alert(instance: Instance) -> None:

@@ -9,20 +9,22 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from uuid import UUID
 
 import typer
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from coordinator import process, saga_commands, views
+from coordinator import process, saga_commands, version_commands, views
 from coordinator.charts import mermaid
 from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
 from coordinator.health import serving_health
-from coordinator.instance import Instance, Status
+from coordinator.instance import Instance
 from coordinator.loading import load_app
 from coordinator.node import Node, open_bus, open_reading, open_schema
 from coordinator.publishing import publish_lines
+from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
 from coordinator.settings import load_settings
 from coordinator.store import Store
 from events.clock import SystemClock
@@ -143,7 +145,8 @@ def publish(
         raise ConfigurationError(f"there is no file {file}")
 
     async def work() -> bool:
-        async with open_schema(settings) as engine, open_bus(settings, engine) as (bus, _relay):
+        name = loaded.name if loaded else None
+        async with open_schema(settings) as engine, open_bus(settings, engine, application=name) as (bus, _relay):
             with sys.stdin.buffer if str(file) == "-" else file.open("rb") as lines:
                 return await publish_lines(lines, bus, loaded, settings.limits, out, as_json=as_json)
 
@@ -170,15 +173,22 @@ def demo(
 
 @sagas.command("list")
 def list_sagas(
-    saga: Annotated[str | None, typer.Option(help="of this saga only")] = None,
-    status: Annotated[Status | None, typer.Option(help="with this status only")] = None,
+    saga: OfSaga = None,
+    status: OfStatus = None,
+    key: OfKey = None,
+    step: OfStep = None,
+    since: Since = None,
+    until: Until = None,
+    where: Where = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="how many, newest first")] = 50,
+    after: Annotated[UUID | None, typer.Option(help="go on after this one, the last of the page before")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List sagas, newest first, and count them by status."""
+    """List sagas, newest first, and count all there are by status."""
+    query = query_of(saga, status, key, step, since, until, where)
 
     async def work(store: Store) -> None:
-        found = await store.list(saga=saga, status=status, limit=limit)
+        found = await store.list(query, limit=limit, after=after)
         views.print_list(out, found, await store.count_by_status(), as_json=as_json)
 
     _with_store(work)
@@ -204,7 +214,7 @@ def chart_saga(
     ] = None,
 ) -> None:
     """Print a saga as a Mermaid flowchart."""
-    definitions = {(each.definition.name, each.definition.version): each.definition for each in load_app(app).sagas}
+    definitions = {(each.name, each.version): each for each in load_app(app).definitions}
     if saga is not None and saga not in {name for name, _ in definitions}:
         names = ", ".join(sorted({name for name, _ in definitions})) or "none"
         raise ConfigurationError(f"{app} has no saga called {saga}; it has: {names}")
@@ -227,9 +237,12 @@ def chart_saga(
 
 sagas.command("retry")(saga_commands.retry_step)
 sagas.command("skip")(saga_commands.skip_step)
+sagas.command("resolve")(saga_commands.resolve_step)
 sagas.command("compensate")(saga_commands.compensate_saga)
 sagas.command("cancel")(saga_commands.cancel_saga)
 sagas.command("move-deadline")(saga_commands.move_deadline)
+sagas.command("versions")(version_commands.list_versions)
+sagas.command("forget-version")(version_commands.forget_version)
 
 
 @database.command("upgrade")

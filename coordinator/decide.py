@@ -5,9 +5,9 @@ and the history entry. Every change of an instance goes through here.
 """
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from coordinator.acts import act
+from coordinator.acts import act, told
 from coordinator.decision import (
     Acted,
     Asked,
@@ -18,6 +18,7 @@ from coordinator.decision import (
     Recalled,
     Replied,
     Started,
+    Verb,
 )
 from coordinator.definition import SagaDefinition
 from coordinator.draft import MAX_REASON, Draft
@@ -55,6 +56,8 @@ def _follow(draft: Draft, given: Input) -> Decision | None:
             decision = _ask_again(draft, given)
         case Recalled():
             decision = _recall(draft, given)
+        case Acted(verb=Verb.RESOLVE):
+            decision = _resolve(draft, given)
         case Acted():
             act(draft, given)
             decision = draft.finish(given.verb.value, step=given.step, actor=given.by, why=given.why)
@@ -99,6 +102,7 @@ def start(definition: SagaDefinition, given: Started) -> Decision:
         traceparent=given.traceparent,
         created_at=given.now,
         origin=given.origin,
+        deadline=None if definition.deadline is None else given.now + timedelta(seconds=definition.deadline),
     )
     draft = Draft(definition, instance, given.now)
     walk(draft)
@@ -191,6 +195,7 @@ def _is_recovered(at: StepState, given: Replied) -> bool:
 def _is_late_effect(at: StepState, given: Replied) -> bool:
     """Say whether a step has, or may have, happened since it was given up on, and nobody has said so before."""
     given_up = at.status in (StepStatus.UNKNOWN, StepStatus.UNDOING, StepStatus.UNDONE, StepStatus.UNDO_FAILED)
+    given_up = given_up or (at.status is StepStatus.DECLINED and at.answer is not None)  # a person said so, and may err
     if given.direction is not Direction.DO or given.attempt != at.attempt or not given_up:
         return False
     if at.answer is None:
@@ -212,12 +217,13 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
     if error:
         draft.explain(f"{name} succeeded late, but {error}")
     branch, undoing = draft.branch_turned_back(name), draft.steps[name].status is StepStatus.UNDOING
-    is_undone = draft.steps[name].status is not StepStatus.UNKNOWN
-    if not (draft.turned_back or branch or is_undone):  # it was given up on, and there is only the way on
+    is_given_up = draft.steps[name].status in (StepStatus.UNKNOWN, StepStatus.DECLINED)
+    if is_given_up and not (draft.turned_back or branch):  # there is only the way on
         if has_happened:
             draft.settle(name, StepStatus.SUCCEEDED, answer=given.result)
-            if not error and draft.status is Status.NEEDS_ATTENTION:
-                draft.status, draft.reason = Status.RUNNING, None
+            if not error:
+                draft.resume()
+                draft.clear()
             walk(draft)
         return
     draft.settle(name, StepStatus.SUCCEEDED if has_happened else StepStatus.UNKNOWN, answer=given.result)
@@ -249,13 +255,41 @@ def _late_undo(draft: Draft, name: str) -> None:
         walk(draft)
 
 
+def _resolve(draft: Draft, given: Acted) -> Decision:
+    """Take what an operator says of a step like what its handler would have said."""
+    step, said = told(draft, given)
+    name = said.step
+    was = draft.steps[name].status
+    if said.direction is Direction.UNDO:
+        draft.settle(name, StepStatus.UNDONE)
+    elif was in (StepStatus.RUNNING, StepStatus.RETRYING) or draft.is_why_stuck(name):
+        if said.result is Result.SUCCEEDED:
+            draft.resume()
+        _done(draft, step, said)
+        draft.clear()
+    elif said.result is Result.SUCCEEDED:
+        _late_effect(draft, step, said)
+    else:
+        if said.outcome is not None:
+            draft.apply(step.on_declined, said.outcome, name=name)
+        draft.settle(name, StepStatus.DECLINED)
+    if said.result is Result.DECLINED:  # a handler does not say so and succeed later; who looks from outside may err
+        draft.set(name, answer=Result.DECLINED)
+    draft.recount(name)
+    if was is StepStatus.UNDO_FAILED:
+        draft.reopen(name)
+    walk(draft)
+    about = {"step": name, "direction": said.direction, "attempt": said.attempt, "result": said.result}
+    return draft.finish(given.verb.value, **about, actor=given.by, why=given.why)
+
+
 def _elapse(draft: Draft) -> Decision | None:
     due = [name for name, at in draft.steps.items() if at.due_at is not None and at.due_at <= draft.now]
     too_late = draft.deadline is not None and draft.deadline <= draft.now
     if not due and not too_late:
         return None  # somebody was faster: the deadline was met or moved
     if too_late:
-        draft.turn_back(f"it was not done within {draft.definition.deadline:g} s")
+        draft.turn_back(f"it was not done by {draft.deadline:%Y-%m-%d %H:%M:%S %Z}")
     for name in due:
         if (step := draft.definition.step_of(name)) is not None and draft.steps[name].fan is None:
             _overdue(draft, step, name)

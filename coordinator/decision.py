@@ -1,5 +1,6 @@
 """What goes into a decision and what comes out of it: inputs, requests, announcements, history. Only data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -83,7 +84,18 @@ class Verb(StrEnum):
     SKIP = "skip"
     COMPENSATE = "compensate"
     CANCEL = "cancel"
+    RESOLVE = "resolve"
     MOVE_DEADLINE = "move_deadline"
+    CANCEL_DEADLINE = "cancel_deadline"
+
+
+class Resolution(StrEnum):
+    """How a step has really ended, as an operator has found out."""
+
+    SUCCEEDED = "succeeded"
+    DECLINED = "declined"  # it was not done, and will not be
+    FAILED = "failed"  # its answer will not come, and nobody knows whether it was done
+    UNDONE = "undone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +107,11 @@ class Acted:
         by: who does it.
         why: the reason.
         now: when.
-        step: the step that is meant, for a verb that needs one.
+        step: the step that is meant, for a verb that needs one; of a deadline, None is the saga's own.
         until: the new deadline, to move one.
         revision: the revision that was looked at; the act is refused if the saga has moved on since.
+        resolution: how a step has ended, to resolve it.
+        data: what its handler would have said, as JSON data.
     """
 
     verb: Verb
@@ -107,6 +121,8 @@ class Acted:
     step: str | None = None
     until: datetime | None = None
     revision: int | None = None
+    resolution: Resolution | None = None
+    data: Mapping[str, Any] | None = None
 
 
 Input = Started | Replied | Happened | Asked | Recalled | Elapsed | Acted

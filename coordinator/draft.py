@@ -36,6 +36,7 @@ class Draft:
         self.reason = instance.reason
         self.turned_back = instance.turned_back
         self.origin = instance.origin
+        self.limit = instance.deadline
         self.requests: list[Request] = []
         self.announcements: list[Announcement] = []
         self.answers: list[Answer] = []
@@ -130,15 +131,15 @@ class Draft:
         return next((branch for branch in around if self.steps[branch.name].status in gone), None)
 
     def resume(self) -> None:
-        """Let a saga that a person has looked at go on in its direction."""
-        self.status = Status.COMPENSATING if self.turned_back else Status.RUNNING
+        """Let a saga that needed attention go on in its direction."""
+        if self.status is Status.NEEDS_ATTENTION:
+            self.status = Status.COMPENSATING if self.turned_back else Status.RUNNING
 
     def reopen(self, name: str) -> None:
         """Go on undoing where `name` could not be undone: the whole saga, or the branch that it is in."""
         if (branch := self.branch_turned_back(name)) is not None and not self.turned_back:
             self.set(branch.name, status=StepStatus.UNDOING)
-        if self.status is Status.NEEDS_ATTENTION:
-            self.resume()
+        self.resume()
 
     def _others_are_enough(self, branch: Branch) -> bool:
         states = [self.steps.get(each.name) for each in self.definition.branches[branch.parallel]]
@@ -152,6 +153,24 @@ class Draft:
             if self.steps[name].status is StepStatus.WAITING:
                 self.settle(name, StepStatus.CALLED_OFF)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether there is no way back, and a step is why there is no way on either."""
+        return self.is_past_pivot and any(self.is_why_stuck(name) for name in self.steps)
+
+    def is_why_stuck(self, name: str) -> bool:
+        """Whether a step that has failed stands in the way of a saga that cannot go back."""
+        node = self.definition.by_name.get(step_and_item(name)[0])
+        failed = self.steps[name].status in (StepStatus.UNKNOWN, StepStatus.DECLINED)
+        if node is None or not failed or not self.is_past_pivot or self.branch_turned_back(name) is not None:
+            return False
+        return step_and_item(name)[1] is None or not (isinstance(node, Each) and node.collect)
+
+    def clear(self) -> None:
+        """Forget why a saga needed attention that goes on, once its last stuck step does."""
+        if self.status is Status.RUNNING and not self.is_stuck:
+            self.reason = None
+
     def wait(self, step: str, status: StepStatus, seconds: float) -> None:
         """Let a step wait for its next attempt."""
         self.settle(step, status)
@@ -160,10 +179,7 @@ class Draft:
     @property
     def deadline(self) -> datetime | None:
         """When the saga as a whole turns back; None if it never does, or cannot any more."""
-        seconds, begun = self.definition.deadline, self.before.created_at
-        if seconds is None or begun is None or self.status is not Status.RUNNING or self.is_past_pivot:
-            return None
-        return begun + timedelta(seconds=seconds)
+        return None if self.status is not Status.RUNNING or self.is_past_pivot else self.limit
 
     # Items
 
@@ -234,6 +250,8 @@ class Draft:
         changed = {name: at for name, at in self.steps.items() if before.steps.get(name) != at}
         if changed:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
+        if self.limit != before.deadline:
+            change["deadline"] = self.limit and self.limit.isoformat()
         due = [
             at.due_at
             for name, at in self.steps.items()
@@ -252,6 +270,7 @@ class Draft:
             updated_at=self.now,
             turned_back=self.turned_back,
             origin=self.origin,
+            deadline=self.limit,
         )
         sent = [
             {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}

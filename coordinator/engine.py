@@ -50,6 +50,7 @@ class Engine:
         self,
         definitions: Iterable[SagaDefinition],
         *,
+        retired: Iterable[SagaDefinition] = (),
         source: str,
         engine: AsyncEngine,
         store: Store,
@@ -60,7 +61,7 @@ class Engine:
         limits: Limits,
         timer_every: float = 0.5,
     ) -> None:
-        self._sagas = Sagas(definitions)
+        self._sagas = Sagas(definitions, retired)
         self.queues = self._sagas.queues
         self._ports = Ports(source, store.clock.now, clock.now, ids)
         self._engine = engine
@@ -77,7 +78,7 @@ class Engine:
         self._intake = Intake(limits)
         self._due_now = asyncio.Event()
         self._may_match = asyncio.Event()
-        self._replays = Replays(engine, self._intake, clock=clock, ids=ids)
+        self._replays = Replays(engine, self._intake, self._sagas.by_version, clock=clock, ids=ids)
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
 
@@ -219,6 +220,7 @@ class Engine:
         if batch.letters:
             await bury(connection, batch.letters, ids=self._ids, now=self._store.clock.now())
         await self._replays.remove(connection, items)
+        await self._replays.hold(connection, batch.held)
         messages = [message for _, message in batch.messages]
         hand_over = await self._outbox.write(connection, messages, completed_by(items))
 
@@ -351,7 +353,7 @@ class Engine:
     async def take_parked(self) -> int:
         """Give parked events to the instances that wait for them by now; return how many events there were."""
         async with transaction(self._engine) as connection:
-            rows = await self._waiting.claim(connection, _BATCH)
+            rows = await self._waiting.claim(connection, self._sagas.by_version, _BATCH)
             if not rows:
                 return 0
             items = [(row.saga, item) for row in rows for item in self._intake.read(EarlyDelivery(row.body))]

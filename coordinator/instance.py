@@ -218,6 +218,7 @@ class Instance:
         due_at: the earliest deadline, its own or of its steps.
         reason: why it is undone or needs attention.
         traceparent: the span that the whole saga belongs to.
+        deadline: when the saga as a whole turns back, unless a pivot has begun; None for never.
         turned_back: whether it is undone, or was.
         origin: the command that a child saga answers.
     """
@@ -235,5 +236,6 @@ class Instance:
     traceparent: str | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    deadline: datetime | None = None
     turned_back: bool = False
     origin: Origin | None = None

@@ -1,6 +1,7 @@
 """One running process: the bus, the database, and what an application runs on them."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from coordinator.app import App
 from coordinator.engine import Engine
 from coordinator.settings import Settings
 from coordinator.store import Store
+from coordinator.versions import Versions
 from events.bus import Bus
 from events.clock import Clock, SystemClock
 from events.database import open_database, ping, sqlite_file
@@ -35,6 +37,8 @@ from handlers.group import HandlerGroup
 from handlers.keys import KeyLocks
 from handlers.retries import Retries
 from handlers.tools import Tools
+
+logger = logging.getLogger(__name__)
 
 _PING_TIMEOUT = 2.0
 
@@ -69,7 +73,7 @@ class Node:
         self._clock = clock or SystemClock()
         self._ids = ids or TimeOrderedIds()
         self._random = random or system_random()
-        self._with_coordinator = coordinator and bool(app.sagas)
+        self._with_coordinator = coordinator and bool(app.definitions)
         self._handlers = [h for h in app.handlers if handlers is True or (handlers and h.name in handlers)]
         if handlers is not True and handlers and (strange := handlers - {h.name for h in app.handlers}):
             raise ConfigurationError(f"{app.name} has no handler called {', '.join(sorted(strange))}")
@@ -101,9 +105,18 @@ class Node:
         enter = self._stack.enter_async_context
         self.engine = await enter(open_schema(self._settings, self._app.tables))
         self.bus, self.relay = await enter(
-            open_bus(self._settings, self.engine, clock=self._clock, ids=self._ids, random=self._random)
+            open_bus(
+                self._settings,
+                self.engine,
+                application=self._app.name,
+                clock=self._clock,
+                ids=self._ids,
+                random=self._random,
+            )
         )
         self.store = Store(self.engine, self._clock)
+        if self._with_coordinator:
+            await register_versions(self._app, self.store)
         self.publisher = Publisher(
             self.bus, self._app.source, clock=self._clock, ids=self._ids, limits=self._settings.limits
         )
@@ -193,6 +206,7 @@ def make_engine(
     """Return the engine of an application's coordinator; all of them speak with one voice."""
     return Engine(
         [saga.definition for saga in app.sagas],
+        retired=[saga.definition for saga in app.retired],
         source=f"{app.source}/coordinator",
         engine=store.engine,
         store=store,
@@ -202,6 +216,27 @@ def make_engine(
         ids=ids,
         limits=settings.limits,
     )
+
+
+async def register_versions(app: App, store: Store) -> None:
+    """Keep what the sagas of an application are like, and say which instances it will leave alone.
+
+    Raises:
+        ChangedVersionError: a saga was changed under an old version number.
+    """
+    await store.clock.calibrate()
+    versions = Versions(store.engine)
+    await versions.register(app.definitions, store.clock.now())
+    known = {(each.name, each.version) for each in app.definitions}
+    names = {name for name, _ in known}
+    for saga, version in sorted(await versions.in_flight() - known):
+        if saga in names:
+            logger.warning(
+                "instances of saga %s version %d are in flight, and left alone: this application does not have it",
+                saga,
+                version,
+                extra={"action": "saga.unknown_version", "saga": saga, "version": version},
+            )
 
 
 @asynccontextmanager
@@ -259,11 +294,14 @@ async def open_bus(
     settings: Settings,
     engine: AsyncEngine,
     *,
+    application: str | None = None,
     clock: Clock | None = None,
     ids: Ids | None = None,
     random: Random | None = None,
 ) -> AsyncIterator[tuple[Bus, Relay]]:
     """Open the bus, and run a relay from the database's outbox to it.
+
+    Who consumes names the `application` whose queues are declared.
 
     Raises:
         ConfigurationError: the embedded bus and PostgreSQL do not go together.
@@ -272,7 +310,7 @@ async def open_bus(
     bus: Bus
     if not settings.embedded:
         url = settings.broker_url.get_secret_value()
-        bus = RabbitMQBus(url, namespace=settings.namespace, clock=clock, ids=ids)
+        bus = RabbitMQBus(url, namespace=settings.namespace, application=application, clock=clock, ids=ids)
     elif engine.dialect.name == "sqlite":
         bus = EmbeddedBus(engine, clock=clock, limits=settings.limits)
     else:

@@ -1,17 +1,19 @@
 """How people step into sagas that are stuck, or that they want to stop."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from coordinator.app import App
-from coordinator.decision import Acted, Verb
+from coordinator.decision import Acted, Resolution, Verb
 from coordinator.engine import Engine
 from coordinator.instance import Instance
 from coordinator.node import make_engine, open_bus, open_schema
 from coordinator.settings import Settings
 from coordinator.store import Store
+from coordinator.versions import Versions
 from events.clock import SystemClock
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
@@ -54,6 +56,8 @@ class Operator:
         step: str | None = None,
         until: datetime | None = None,
         revision: int | None = None,
+        resolution: Resolution | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> Instance:
         """Do something to a saga, and return it as it is then.
 
@@ -62,9 +66,11 @@ class Operator:
             verb: what to do.
             by: who does it.
             why: the reason, for the history.
-            step: the step that is meant, for a verb that needs one.
+            step: the step that is meant, for a verb that needs one; of a deadline, None is the saga's own.
             until: the new deadline, to move one.
             revision: the revision that was looked at.
+            resolution: how a step has ended, to resolve it.
+            data: what its handler would have said, as JSON data.
 
         Raises:
             ConfigurationError: there is no such saga, or no reason is given.
@@ -75,7 +81,7 @@ class Operator:
         found = await self.find(reference)
         await self.store.clock.calibrate()
         now = self.store.clock.now()
-        return await self._engine.act(found.id, Acted(verb, by, why, now, step, until, revision))
+        return await self._engine.act(found.id, Acted(verb, by, why, now, step, until, revision, resolution, data))
 
 
 @asynccontextmanager
@@ -84,10 +90,12 @@ async def open_operator(app: App, settings: Settings) -> AsyncIterator[Operator]
 
     Raises:
         DatabaseInUseError: another process works on the SQLite file.
+        ChangedVersionError: a saga is not what its instances were begun with.
     """
     clock, ids = SystemClock(), TimeOrderedIds()
     async with open_schema(settings, app.tables) as database, open_bus(settings, database) as (bus, relay):
         store = Store(database, clock)
         outbox = bus if isinstance(bus, EmbeddedBus) else relay
         engine = make_engine(app, settings, store, bus=bus, outbox=outbox, clock=clock, ids=ids)
+        await Versions(database).check(app.definitions)
         yield Operator(engine, store)

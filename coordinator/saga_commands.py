@@ -1,5 +1,6 @@
-"""`coordinator sagas retry|skip|compensate|cancel|move-deadline`: an operator steps in."""
+"""`coordinator sagas retry|skip|resolve|compensate|cancel|move-deadline`: an operator steps in."""
 
+import json
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -7,11 +8,12 @@ import typer
 from rich.console import Console
 
 from coordinator import process, views
-from coordinator.decision import Verb
+from coordinator.decision import Resolution, Verb
 from coordinator.loading import load_app
 from coordinator.operator import open_operator
 from coordinator.process import login
 from coordinator.settings import load_settings
+from events.errors import ConfigurationError
 
 out = Console()
 
@@ -52,6 +54,22 @@ def skip_step(
     _act(app, saga, Verb.SKIP, why, by, revision, as_json=as_json, step=step)
 
 
+def resolve_step(
+    app: AppReference,
+    saga: Reference,
+    step: StepName,
+    resolution: Annotated[Resolution, typer.Argument(metavar="HOW", help="how it has ended: " + ", ".join(Resolution))],
+    why: Why,
+    data: Annotated[str, typer.Option(help="what its handler would have said, as a JSON object")] = "{}",
+    by: By = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a step has really ended whose answer is missing, or wrong; the saga goes on from there."""
+    about = {"step": step, "resolution": resolution, "data": _read_data(data)}
+    _act(app, saga, Verb.RESOLVE, why, by, revision, as_json=as_json, **about)
+
+
 def compensate_saga(
     app: AppReference, saga: Reference, why: Why, by: By = None, revision: Revision = None, as_json: AsJson = False
 ) -> None:
@@ -78,6 +96,16 @@ def move_deadline(
 ) -> None:
     """Give the answer to a step, or its next attempt, another deadline."""
     _act(app, saga, Verb.MOVE_DEADLINE, why, by, revision, as_json=as_json, step=step, until=until.replace(tzinfo=UTC))
+
+
+def _read_data(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--data is no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigurationError('--data takes a JSON object, as in --data \'{"charge_id": "c-1"}\'')
+    return data
 
 
 def _act(

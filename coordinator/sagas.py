@@ -11,6 +11,8 @@ from events.errors import DefinitionError, RejectedError
 from events.message import Command, Failed, Refused
 from events.registry import Registry
 
+SagaKey = tuple[str, int]  # a saga's name and version
+
 REPLY_ADDRESS = "coordinator"
 CONSUMER = "coordinator"
 _REPLY_QUEUE = "coordinator.replies"
@@ -25,10 +27,11 @@ class UnknownSagaError(RejectedError):
 
 
 class Sagas:
-    """The saga definitions of an application, as its coordinator looks them up.
+    """The saga definitions of an application, as its coordinator looks them up; `retired` ones start nothing.
 
     Attributes:
         by_version: all of them.
+        missing: versions that messages have come for in vain.
         starts: by the type of an event: the newest versions that it starts.
         children: by the type of a command: the newest version that it starts.
         undoing: the types of commands that undo children.
@@ -36,14 +39,16 @@ class Sagas:
         registry: all messages that are read here.
     """
 
-    def __init__(self, definitions: Iterable[SagaDefinition]) -> None:
-        self.by_version = {(each.name, each.version): each for each in definitions}
+    def __init__(self, definitions: Iterable[SagaDefinition], retired: Iterable[SagaDefinition] = ()) -> None:
+        starting = list(definitions)
+        self.by_version = {(each.name, each.version): each for each in (*starting, *retired)}
+        self.missing: set[SagaKey] = set()
         self.starts: dict[str, list[SagaDefinition]] = {}
         self.children: dict[str, SagaDefinition] = {}
         self.undoing: set[str] = set()
         self.awaited: dict[str, list[SagaDefinition]] = {}
         self.registry = Registry([Failed, Refused])
-        for definition in self._newest():
+        for definition in _newest(starting):
             for start in definition.starts:
                 self._add_start(definition, start)
         for definition in self.by_version.values():
@@ -96,10 +101,16 @@ class Sagas:
             self.undoing.add(start.undone_by.message_type)
             self.registry.add(start.undone_by)
 
-    def _newest(self) -> list[SagaDefinition]:
-        newest: dict[str, SagaDefinition] = {}
-        for definition in self.by_version.values():
-            known = newest.get(definition.name)
-            if known is None or known.version < definition.version:
-                newest[definition.name] = definition
-        return list(newest.values())
+
+def holding(saga: str, version: int) -> str:
+    """Return the consumer for whom messages to instances of a version are held."""
+    return f"{CONSUMER}.{saga}.{version}"
+
+
+def _newest(definitions: Iterable[SagaDefinition]) -> list[SagaDefinition]:
+    newest: dict[str, SagaDefinition] = {}
+    for definition in definitions:
+        known = newest.get(definition.name)
+        if known is None or known.version < definition.version:
+            newest[definition.name] = definition
+    return list(newest.values())

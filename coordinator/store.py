@@ -9,7 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.decision import HistoryEntry
 from coordinator.instance import Instance, Origin, Status, StepState, step_and_item
-from coordinator.tables import saga_history, saga_instance, saga_item
+from coordinator.search import Query
+from coordinator.tables import IN_FLIGHT, saga_history, saga_instance, saga_item
 from events.bulk import Bulk, Lookup
 from events.clock import Clock
 from events.database import reader
@@ -29,23 +30,13 @@ _COLUMNS = (
     "traceparent",
     "created_at",
     "updated_at",
+    "deadline",
     "turned_back",
     "origin",
 )
+_FIXED = ("saga", "version", "key", "traceparent", "created_at")
 _insert = Bulk(saga_instance, *_COLUMNS)
-_update = Bulk(
-    saga_instance,
-    "id",
-    "status",
-    "state",
-    "steps",
-    "revision",
-    "due_at",
-    "reason",
-    "updated_at",
-    "turned_back",
-    "origin",
-)
+_update = Bulk(saga_instance, *(name for name in _COLUMNS if name not in _FIXED))
 _load = Lookup(saga_instance, *_COLUMNS, key="id")
 _load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
 _record = Bulk(
@@ -66,8 +57,6 @@ _record = Bulk(
     "actor",
     "why",
 )
-
-_is_in_flight = text("saga_instance.status IN ('running', 'compensating')")
 
 HistoryRow = tuple[UUID, int, HistoryEntry]
 
@@ -121,6 +110,7 @@ class Store:
                 i.due_at,
                 i.reason,
                 i.updated_at,
+                i.deadline,
                 i.turned_back,
                 i.origin and i.origin.to_json(),
             )
@@ -169,7 +159,7 @@ class Store:
         overdue = (
             select(saga_item.c.saga_id)
             .join(saga_instance, saga_instance.c.id == saga_item.c.saga_id)
-            .where(saga_item.c.due_at <= now, _is_in_flight)
+            .where(saga_item.c.due_at <= now, text(f"saga_instance.{IN_FLIGHT}"))
             .order_by(saga_item.c.due_at)
             .limit(most)
         )
@@ -195,15 +185,13 @@ class Store:
         return [_instance(row) for row in await self._read(_select().where(where))]
 
     async def list(
-        self, *, saga: str | None = None, status: Status | None = None, limit: int = 50
+        self, query: Query | None = None, *, limit: int = 50, after: UUID | None = None
     ) -> Sequence[Instance]:
-        """Return the newest instances, those of a saga or with a status only if one is given."""
-        query = _select().order_by(saga_instance.c.id.desc()).limit(limit)
-        if saga is not None:
-            query = query.where(saga_instance.c.saga == saga)
-        if status is not None:
-            query = query.where(saga_instance.c.status == status.value)
-        return [_instance(row) for row in await self._read(query)]
+        """Return the instances that are meant, newest first: the first `limit`, or those that follow `after`."""
+        wanted = _select().where((query or Query()).condition()).order_by(saga_instance.c.id.desc()).limit(limit)
+        if after is not None:
+            wanted = wanted.where(saga_instance.c.id < after)
+        return [_instance(row) for row in await self._read(wanted)]
 
     async def history(self, saga_id: UUID) -> Sequence[Row[Any]]:
         """Return the transitions of an instance, oldest first."""
@@ -218,7 +206,7 @@ class Store:
 
     async def count_in_flight(self) -> int:
         """Return how many instances are running or compensating; cheap whatever the number of finished ones."""
-        query = select(func.count()).where(_is_in_flight).select_from(saga_instance)
+        query = select(func.count()).where(text(IN_FLIGHT)).select_from(saga_instance)
         return int((await self._read(query))[0][0])
 
     async def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
@@ -255,6 +243,7 @@ def _row(i: Instance) -> tuple[Any, ...]:
         i.traceparent,
         i.created_at,
         i.updated_at,
+        i.deadline,
         i.turned_back,
         i.origin and i.origin.to_json(),
     )
@@ -262,7 +251,7 @@ def _row(i: Instance) -> tuple[Any, ...]:
 
 def _instance(row: Any) -> Instance:
     identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *others = row
-    created, updated, turned_back, origin = others
+    created, updated, deadline, turned_back, origin = others
     return Instance(
         id=identity,
         saga=saga,
@@ -277,6 +266,7 @@ def _instance(row: Any) -> Instance:
         traceparent=traceparent,
         created_at=created,
         updated_at=updated,
+        deadline=deadline,
         turned_back=turned_back,
         origin=Origin.from_json(origin) if origin else None,
     )

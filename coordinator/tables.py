@@ -1,10 +1,11 @@
 """The tables of the coordinator: one row an instance, one row a transition."""
 
-from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, Uuid, text
+from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, Uuid, false, text
 
 from events.tables import Json, Timestamp, metadata
 
-_in_flight = text("status IN ('running', 'compensating')")
+IN_FLIGHT = "status IN ('running', 'compensating')"  # the words of the index: SQLite uses it for no others
+_in_flight = text(IN_FLIGHT)
 _has_deadline = text("due_at IS NOT NULL")
 
 saga_instance = Table(
@@ -23,12 +24,24 @@ saga_instance = Table(
     Column("traceparent", Text),
     Column("created_at", Timestamp, nullable=False),
     Column("updated_at", Timestamp, nullable=False),
-    Column("turned_back", Boolean, nullable=False),
+    Column("deadline", Timestamp),
+    Column("turned_back", Boolean, nullable=False, server_default=false()),
     Column("origin", Json),
     Index("uq_saga_instance_saga_key", "saga", "key", unique=True),
     Index("ix_saga_instance_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
     Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02"},
+)
+
+# What each version of a saga was like when it was first run: an instance must not find another flow than it began with.
+saga_version = Table(
+    "saga_version",
+    metadata,
+    Column("saga", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("structure", Json, nullable=False),
+    Column("first_seen", Timestamp, nullable=False),
 )
 
 # One row for each item of a step that is taken for several. What fences it is the revision of its instance.

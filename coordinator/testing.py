@@ -11,8 +11,9 @@ assert run.status == "compensated"
 assert run.published == [OrderCancelled(order_id=order, reason="charge declined: the card was reported stolen")]
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Self
+from typing import Any, Self
 from uuid import UUID
 
 from coordinator.decide import decide, describe
@@ -26,6 +27,7 @@ from coordinator.decision import (
     Recalled,
     Replied,
     Request,
+    Resolution,
     Started,
     Verb,
 )
@@ -164,14 +166,21 @@ class SagaRun:
         return self
 
     def acts(
-        self, verb: Verb, step: str | None = None, *, until: datetime | None = None, revision: int | None = None
+        self,
+        verb: Verb,
+        step: str | None = None,
+        *,
+        until: datetime | None = None,
+        revision: int | None = None,
+        resolution: Resolution | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> Self:
         """Let an operator step in.
 
         Raises:
             NotPossibleError: that makes no sense where the saga stands.
         """
-        self.take(Acted(verb, "ada", "a test", self.now, step, until, revision))
+        self.take(Acted(verb, "ada", "a test", self.now, step, until, revision, resolution, data))
         return self
 
     def take(self, given: Input) -> Decision | None:

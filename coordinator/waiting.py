@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from coordinator.definition import SagaDefinition
@@ -182,11 +182,13 @@ class Waiting:
         )
         await _taken.insert(connection, [(key, consumer, now) for key in sorted(set(taken))])
 
-    async def claim(self, connection: AsyncConnection, most: int) -> list[Any]:
-        """Return parked events that an instance waits for now, locked; others skip them."""
+    async def claim(self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int) -> list[Any]:
+        """Return parked events that an instance of a `known` saga and version waits for by now, locked."""
+        is_known = tuple_(saga_instance.c.saga, saga_instance.c.version).in_(list(known))
+        waited_for = select(saga_wait.c.correlation).join(saga_instance, saga_instance.c.id == saga_wait.c.saga_id)
         query = (
             select(parked_event.c.id, parked_event.c.saga, parked_event.c.body)
-            .where(parked_event.c.correlation.in_(select(saga_wait.c.correlation)))
+            .where(parked_event.c.correlation.in_(waited_for.where(is_known)))
             .order_by(parked_event.c.id)
             .limit(most)
             .with_for_update(skip_locked=True)

@@ -26,7 +26,7 @@ def walk(draft: Draft) -> None:
             return
         if over:
             _end(draft)
-        else:  # a step is stuck whose failure has called a person before
+        else:  # of several stuck steps one went on, and another has not
             draft.explain("something in it has failed for good")
             draft.status = Status.NEEDS_ATTENTION
 

@@ -76,6 +76,8 @@ class RabbitMQBus:
     Args:
         url: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS.
         namespace: the first part of the names of all exchanges and queues; one per deployment.
+        application: whose queues are declared here: what RabbitMQ gives up on in them goes to a queue of its own. None
+            where nothing is consumed.
         clock: paces the watchdog.
         ids: names each publish attempt.
         options: timeouts and limits.
@@ -85,14 +87,25 @@ class RabbitMQBus:
     """
 
     def __init__(
-        self, url: str, *, namespace: str = "saga", clock: Clock, ids: Ids, options: RabbitMQOptions | None = None
+        self,
+        url: str,
+        *,
+        namespace: str = "saga",
+        application: str | None = None,
+        clock: Clock,
+        ids: Ids,
+        options: RabbitMQOptions | None = None,
     ) -> None:
         self._url = _parse(url)
         self._clock = clock
         self._ids = ids
         self._options = options or RabbitMQOptions()
+        self._application = application
         self._topology = Topology(
-            namespace, delivery_limit=self._options.delivery_limit, timeout=self._options.connect_timeout
+            namespace,
+            application=application,
+            delivery_limit=self._options.delivery_limit,
+            timeout=self._options.connect_timeout,
         )
         self._supervisor = Supervisor(clock)
         self._publishing: RobustConnection | None = None
@@ -122,7 +135,8 @@ class RabbitMQBus:
             async with asyncio.timeout(self._options.connect_timeout):
                 self._publishing = await self._connect("publish")
                 self._consuming = await self._connect("consume")
-                self._queues[DEAD_LETTERS] = Queue(DEAD_LETTERS, ())
+                if self._application is not None:
+                    self._queues[DEAD_LETTERS] = Queue(DEAD_LETTERS, ())
                 with library_errors("declare the exchanges"):
                     await self._open_publisher()
                     await self._open_declarer()

@@ -29,12 +29,14 @@ class Topology:
 
     Args:
         namespace: the first part of all names.
+        application: whose queues these are; None where nothing is consumed.
         delivery_limit: how often a message may come back before it goes to the dead letters.
         timeout: seconds for each answer of the broker.
     """
 
-    def __init__(self, namespace: str, *, delivery_limit: int, timeout: float) -> None:
+    def __init__(self, namespace: str, *, application: str | None, delivery_limit: int, timeout: float) -> None:
         self._namespace = namespace
+        self._application = application
         self._delivery_limit = delivery_limit
         self._timeout = timeout
 
@@ -53,10 +55,12 @@ class Topology:
         """Declare `queue` with its bindings.
 
         Raises:
-            ConfigurationError: a queue of this name exists with other properties.
+            ConfigurationError: a queue of this name exists with other properties, or nobody knows whose it would be.
         """
+        if self._application is None:
+            raise ConfigurationError(f"queue {queue.name} belongs to no application; name the one that consumes it")
         if queue.name == DEAD_LETTERS:
-            return await self.declare_dead_letters(channel)
+            return await self._declare_dead_letters(channel, self._application)
         declared = await self._declare_queue(
             channel,
             queue.name,
@@ -64,6 +68,7 @@ class Topology:
                 "x-queue-type": "quorum",
                 "x-delivery-limit": self._delivery_limit,
                 "x-dead-letter-exchange": self.name(DEAD_LETTERS),
+                "x-dead-letter-routing-key": self._application,
                 "x-dead-letter-strategy": "at-least-once",
                 "x-overflow": "reject-publish",  # without it RabbitMQ falls back to dead-lettering at most once
             },
@@ -72,13 +77,13 @@ class Topology:
             await declared.bind(self.name(address.exchange.value), address.key, timeout=self._timeout)
         return declared
 
-    async def declare_dead_letters(self, channel: AbstractRobustChannel) -> AbstractRobustQueue:
-        """Declare where RabbitMQ puts what came back too often."""
-        exchange = await self._declare_exchange(channel, DEAD_LETTERS, ExchangeType.FANOUT)
+    async def _declare_dead_letters(self, channel: AbstractRobustChannel, application: str) -> AbstractRobustQueue:
+        """Declare where RabbitMQ puts what came back too often; applications on one broker may not share a database."""
+        exchange = await self._declare_exchange(channel, DEAD_LETTERS, ExchangeType.DIRECT)
         declared = await self._declare_queue(
-            channel, DEAD_LETTERS, {"x-queue-type": "quorum", "x-delivery-limit": _UNLIMITED}
+            channel, f"{DEAD_LETTERS}.{application}", {"x-queue-type": "quorum", "x-delivery-limit": _UNLIMITED}
         )
-        await declared.bind(exchange.name, timeout=self._timeout)
+        await declared.bind(exchange.name, application, timeout=self._timeout)
         return declared
 
     async def _declare_exchange(self, channel: AbstractChannel, part: str, kind: ExchangeType) -> AbstractExchange:

@@ -53,7 +53,7 @@ class Registry:
         try:
             return cls.from_data(envelope.data, envelope.version)
         except ValidationError as error:
-            raise InvalidMessageError(_explain(error)) from error
+            raise InvalidMessageError(explain(error)) from error
         except InvalidMessageError:
             raise
         except Exception as error:  # an upcaster is user code: whatever it raises spoils its own message only
@@ -61,7 +61,7 @@ class Registry:
             raise InvalidMessageError(f"{envelope.type}: an upcaster raised {type(error).__name__}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """Name the fields that do not fit, without their values: they may be secret."""
     lines = (
         f"{'.'.join(map(str, e['loc'])) or 'data'}: {_without_tag(e['type'], e['msg'])}"

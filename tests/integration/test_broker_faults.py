@@ -561,7 +561,7 @@ async def test_f25_what_comes_back_too_often_is_a_dead_letter_and_does_not_hold_
 
 async def dead_letter_arrives(url: str, body: bytes) -> None:
     async with wire(url) as channel, asyncio.timeout(60):
-        queue = await channel.get_queue("saga.dead-letters")
+        queue = await channel.get_queue("saga.dead-letters.tests")
         async with queue.iterator() as messages:
             async for message in messages:
                 await message.ack()
@@ -586,7 +586,7 @@ async def test_f26_a_dead_letter_without_a_queue_is_kept_until_the_queue_is_made
             raise ValueError("poison")
 
         async with wire(private_amqp_url) as channel:
-            await channel.queue_delete("saga.dead-letters")
+            await channel.queue_delete("saga.dead-letters.tests")
         await bus.consume(PAYMENTS.name, refuse, prefetch=5)
         await publish_until_confirmed(bus, Outgoing(CHARGE, b'["poison"]'))
         await until(lambda: refusals == 2)  # one more than the limit

@@ -58,7 +58,9 @@ async def publish(bus: Bus, *messages: Outgoing) -> None:
 async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     clock = SystemClock()
     if request.param == "rabbitmq":
-        rabbitmq = RabbitMQBus(request.getfixturevalue("amqp_url"), clock=clock, ids=TimeOrderedIds())
+        rabbitmq = RabbitMQBus(
+            request.getfixturevalue("amqp_url"), application="tests", clock=clock, ids=TimeOrderedIds()
+        )
         await rabbitmq.open()
         yield rabbitmq
         await rabbitmq.close()

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
+from datetime import timedelta
 from itertools import count
 from typing import Any, Self
 from uuid import UUID, uuid4
@@ -14,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.acts import NotPossibleError
-from coordinator.decision import Verb
+from coordinator.decision import Resolution, Verb
 from coordinator.definition import Saga
 from coordinator.engine import Engine
 from coordinator.flow import parallel, sequence, when
@@ -32,6 +33,7 @@ from events.failpoints import armed
 from events.ids import TimeOrderedIds
 from events.message import Command, Failed, Message, Refused, Succeeded
 from events.tables import dead_letter, outbox
+from handlers.tables import retry
 from tests.support.flows import (
     PATIENCE,
     START,
@@ -169,7 +171,12 @@ class Coordinator:
     """An engine with a bus and an outbox of its own; what it sends stays in the outbox's table."""
 
     def __init__(
-        self, engine: AsyncEngine, clock: ManualClock, sagas: Iterable[type[Saga]], timer_every: float
+        self,
+        engine: AsyncEngine,
+        clock: ManualClock,
+        sagas: Iterable[type[Saga]],
+        timer_every: float,
+        retired: Iterable[type[Saga]] = (),
     ) -> None:
         self.bus = FakeBus()
         self.clock = clock
@@ -177,6 +184,7 @@ class Coordinator:
         self.store = Store(engine, clock)
         self.engine = Engine(
             [saga.definition for saga in sagas],
+            retired=[saga.definition for saga in retired],
             source="/tests/coordinator",
             engine=engine,
             store=self.store,
@@ -222,12 +230,16 @@ class World:
         self._stack = stack
 
     async def coordinator(
-        self, *sagas: type[Saga], apart: bool = False, timer_every: float | None = None
+        self,
+        *sagas: type[Saga],
+        apart: bool = False,
+        timer_every: float | None = None,
+        retired: Iterable[type[Saga]] = (),
     ) -> Coordinator:
         """A running coordinator of `Trip` by default; with `apart` it has its own connections."""
         engine = open_database(self.url) if apart else self.engine
         self._stack.push_async_callback(engine.dispose)
-        made = Coordinator(engine, self.clock, sagas or [Trip], timer_every or BY_HAND + next(_numbers))
+        made = Coordinator(engine, self.clock, sagas or [Trip], timer_every or BY_HAND + next(_numbers), retired)
         self._stack.push_async_callback(made.engine.stop)
         await made.start()
         return made
@@ -632,6 +644,50 @@ async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: Worl
     assert len(await world.history()) == 3
 
 
+async def test_an_operator_says_how_a_step_ended_and_the_saga_goes_on_from_there(world: World) -> None:
+    coordinator = await world.coordinator()
+    operator = Operator(coordinator.engine, coordinator.store)
+    await coordinator.take(wanted())
+    await coordinator.take(reply((await world.instance()).id, "hotel"))
+    about: dict[str, Any] = {"by": "ada", "why": "the airline says so", "step": "flight"}
+    with pytest.raises(NotPossibleError, match="ticket: Field required"):
+        await operator.act("t-1", Verb.RESOLVE, resolution=Resolution.SUCCEEDED, **about)
+    given: dict[str, Any] = {"resolution": Resolution.SUCCEEDED, "data": {"ticket": "T7"}}
+    instance = await operator.act("t-1", Verb.RESOLVE, **about, **given)
+    assert (instance.state["ticket"], instance) == ("T7", await world.instance())
+    assert len(await world.sent("pay.trip")) == 1
+    row = (await coordinator.store.history(instance.id))[-1]
+    assert (row.kind, row.step, row.result, row.why) == ("resolve", "flight", "succeeded", "the airline says so")
+
+
+async def test_a_cancel_that_races_the_last_reply_comes_first_or_is_refused(world: World) -> None:
+    coordinator = await world.coordinator(NewTrip)
+    operator = Operator(coordinator.engine, coordinator.store)
+    for trip in map(str, range(10)):
+        await coordinator.take(wanted(trip))
+        last = coordinator.take(reply((await world.instance(trip)).id, "hotel"))
+        act = operator.act(trip, Verb.CANCEL, by="ada", why="stop it")
+        cancelled, _ = await asyncio.gather(act, last, return_exceptions=True)
+        history, status = await world.history(trip), (await world.instance(trip)).status
+        if isinstance(cancelled, Instance):
+            assert (history, status) == (["started", "cancel", "reply"], Status.COMPENSATED)
+        else:
+            assert isinstance(cancelled, NotPossibleError)
+            assert (history, status) == (["started", "reply"], Status.COMPLETED)
+
+
+async def test_the_deadline_of_a_saga_is_moved_for_good(world: World) -> None:
+    coordinator = await world.coordinator(Stubborn)
+    operator = Operator(coordinator.engine, coordinator.store)
+    await coordinator.take(wanted())
+    until = coordinator.store.clock.now() + timedelta(seconds=5)
+    moved = await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="it is urgent", until=until)
+    assert (moved.deadline, moved.due_at, moved) == (until, until, await world.instance())
+    world.clock.advance(5)
+    assert await coordinator.engine.fire_timers() == 1
+    assert (await world.instance()).status is Status.COMPENSATING
+
+
 async def test_of_two_operators_at_once_the_second_is_told_to_look_again(world: World) -> None:
     coordinator = await world.coordinator(Stubborn)
     operator = Operator(coordinator.engine, coordinator.store)
@@ -701,25 +757,56 @@ async def test_an_instance_whose_state_cannot_be_read_any_more_needs_attention(
     assert await coordinator.engine.fire_timers() == 1
 
 
-async def test_a_saga_of_a_version_that_is_not_part_of_the_application_is_left_alone(world: World) -> None:
+async def is_completed(world: World, key: str = "t-1") -> bool:
+    return (await world.instance(key)).status is Status.COMPLETED
+
+
+async def test_the_deadline_of_a_saga_of_an_unknown_version_is_left_to_those_who_know_it(world: World) -> None:
+    newer = await world.coordinator(NewTrip, Trip)
+    await newer.take(wanted())
+    assert (await world.instance()).version == 2, "starts go to the newest version"
+    await newer.engine.stop()
+    older = await world.coordinator(Trip)
+    world.clock.advance(1000)
+    assert await older.engine.fire_timers() == 0
+    assert await world.history() == ["started"]
+
+
+async def test_replies_to_a_saga_of_an_unknown_version_are_held_for_those_who_know_it(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     newer = await world.coordinator(NewTrip, Trip)
     await newer.take(wanted())
     before = await world.instance()
-    assert before.version == 2, "starts go to the newest version"
     await newer.engine.stop()
 
     older, both = await world.coordinator(Trip), await world.coordinator(Trip, NewTrip)
-    world.clock.advance(1000)
-    assert await older.engine.fire_timers() == 0
     answer = reply(before.id, "hotel")
     await older.take(answer, wanted("t-2"))
-    assert await world.dead() == {answer.encode(): "unknown_saga"}
+    await older.take(answer)  # it comes a second time
+    assert actions(caplog, logging.WARNING) == ["saga.unknown_version"], "once is enough"
+    assert await world.dead() == {}
+    assert await count_rows(world.engine, retry) == 1
     assert await world.instance() == before
     assert (await world.instance("t-2")).version == 1
 
-    await both.take(answer, reply((await world.instance("t-2")).id, "hotel"))
-    assert (await world.instance()).status is Status.COMPLETED
+    await both.take(reply((await world.instance("t-2")).id, "hotel"))
+    await world.clock.asleep(1.0)
+    world.clock.advance(31)  # it asks the database for the time, too
+    await until(lambda: is_completed(world))
     assert len(await world.sent("book.flight")) == 1
+    assert await world.history() == ["started", "reply"]
+    assert await count_rows(world.engine, retry) == 0
+
+
+async def test_a_retired_version_finishes_its_instances_and_starts_none(world: World) -> None:
+    newer = await world.coordinator(NewTrip, Trip)
+    await newer.take(wanted())
+    await newer.engine.stop()
+    back = await world.coordinator(Trip, retired=[NewTrip])
+    await back.take(reply((await world.instance()).id, "hotel"), wanted("t-2"))
+    assert [(await world.instance(key)).version for key in ("t-1", "t-2")] == [2, 1]
+    assert await is_completed(world)
 
 
 # What is sent and said

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aio_pika
@@ -17,11 +18,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from yarl import URL
 
 from events import tracing
-from events.bus import Address, Exchange, Outgoing, Queue
+from events.bus import DEAD_LETTERS, Address, Exchange, Outgoing, Queue
 from events.clock import SystemClock
 from events.errors import BusClosedError, ConfigurationError, PublishError, UnroutableError
 from events.ids import TimeOrderedIds
-from events.rabbitmq import RabbitMQBus
+from events.rabbitmq import RabbitMQBus, RabbitMQOptions
 from events.rabbitmq_wire import UNDECODABLE
 from tests.support.proxy import Proxy
 from tests.support.rabbitmq import CHARGE, PAYMENTS, Received, new_bus, opened, publish_until_confirmed, until, wire
@@ -284,7 +285,9 @@ async def test_an_exchange_with_other_properties_is_a_configuration_error_that_n
 
 async def test_namespaces_keep_deployments_apart(amqp_url: str) -> None:
     clock, ids = SystemClock(), TimeOrderedIds()
-    one, other = (RabbitMQBus(amqp_url, namespace=name, clock=clock, ids=ids) for name in ("one", "other"))
+    one, other = (
+        RabbitMQBus(amqp_url, namespace=name, application="tests", clock=clock, ids=ids) for name in ("one", "other")
+    )
     try:
         await one.open()
         await other.open()
@@ -294,6 +297,41 @@ async def test_namespaces_keep_deployments_apart(amqp_url: str) -> None:
     finally:
         await one.close()
         await other.close()
+
+
+async def test_what_rabbitmq_gives_up_on_goes_to_the_application_whose_queue_it_was_in(amqp_url: str) -> None:
+    """They may have databases of their own: letters of one were kept, or lost, in that of the other."""
+    options = RabbitMQOptions(delivery_limit=1)
+    async with AsyncExitStack() as stack:
+        parties: list[tuple[str, Address, RabbitMQBus, Received]] = []
+        for name, address in (("one", CHARGE), ("other", PLACED)):
+            bus = RabbitMQBus(amqp_url, application=name, clock=SystemClock(), ids=TimeOrderedIds(), options=options)
+            stack.push_async_callback(bus.close)
+            await bus.open()
+            await bus.declare([Queue(f"of.{name}", (address,))])
+            received = Received()
+            await bus.consume(DEAD_LETTERS, received, prefetch=9)
+            await bus.consume(f"of.{name}", refuse, prefetch=9)
+            parties.append((name, address, bus, received))
+        for name, address, bus, _ in parties:
+            assert not any(await bus.publish([Outgoing(address, name.encode())] * 9))
+        for name, _, _, received in parties:
+            assert {(await received.next()).body for _ in range(9)} == {name.encode()}
+
+
+def refuse(_: object) -> None:
+    raise ValueError("poison")
+
+
+async def test_a_bus_of_no_application_declares_no_queue(amqp_url: str) -> None:
+    """What only publishes would make a queue of dead letters that nobody takes."""
+    bus = RabbitMQBus(amqp_url, clock=SystemClock(), ids=TimeOrderedIds())
+    await bus.open()
+    try:
+        with pytest.raises(ConfigurationError, match="queue payments belongs to no application"):
+            await bus.declare([PAYMENTS])
+    finally:
+        await bus.close()
 
 
 async def test_a_message_that_cannot_be_encoded_spoils_only_itself(amqp_url: str) -> None:

@@ -524,7 +524,7 @@ async def test_over_rabbitmq_what_is_committed_arrives_and_what_no_queue_takes_i
     amqp_url: str, engine: AsyncEngine
 ) -> None:
     clock = ManualClock()
-    rabbitmq = RabbitMQBus(amqp_url, clock=SystemClock(), ids=TimeOrderedIds())
+    rabbitmq = RabbitMQBus(amqp_url, application="tests", clock=SystemClock(), ids=TimeOrderedIds())
     await rabbitmq.open()
     relay = make_relay(engine, rabbitmq, clock, options=OPTIONS)
     try:

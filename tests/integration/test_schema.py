@@ -32,6 +32,9 @@ ours = {
     "retry",
     "saga_history",
     "saga_instance",
+    "saga_item",
+    "saga_version",
+    "saga_wait",
 }
 shop = MetaData()
 products = Table("product", shop, Column("id", Integer, primary_key=True), Column("name", Text, nullable=False))

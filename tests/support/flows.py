@@ -451,7 +451,7 @@ async def open_stage(database_url: str, *, embedded: bool = False, amqp_url: str
     if embedded:
         bus = EmbeddedBus(engine, clock=clock)
     elif amqp_url:
-        bus = RabbitMQBus(amqp_url, clock=SystemClock(), ids=TimeOrderedIds())
+        bus = RabbitMQBus(amqp_url, application="tests", clock=SystemClock(), ids=TimeOrderedIds())
     stage = Stage(engine, bus, clock)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.dispose)

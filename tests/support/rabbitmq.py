@@ -21,7 +21,9 @@ PATIENCE = 60  # seconds: a broker that was killed takes its time
 
 
 def new_bus(url: str, **options: Any) -> RabbitMQBus:
-    return RabbitMQBus(url, clock=SystemClock(), ids=TimeOrderedIds(), options=RabbitMQOptions(**options))
+    return RabbitMQBus(
+        url, application="tests", clock=SystemClock(), ids=TimeOrderedIds(), options=RabbitMQOptions(**options)
+    )
 
 
 @asynccontextmanager

@@ -112,6 +112,42 @@ def test_a_deadline_is_moved() -> None:
         run(sequence(booking("a"))).succeeds().acts(Verb.MOVE_DEADLINE, "a", until=until)
 
 
+def test_a_deadline_is_cancelled_and_the_answer_may_take_as_long_as_it_takes() -> None:
+    trip = run(sequence(booking("a"))).acts(Verb.CANCEL_DEADLINE, "a")
+    assert trip.instance.due_at is None
+    assert trip.passes(1e6).status is Status.RUNNING
+    with pytest.raises(NotPossibleError, match="step a is running; it has no deadline that could be cancelled"):
+        trip.acts(Verb.CANCEL_DEADLINE, "a")
+    until = trip.now + timedelta(days=2)
+    assert trip.acts(Verb.MOVE_DEADLINE, "a", until=until).instance.due_at == until, "it is given a new one"
+    assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_what_waits_for_its_next_attempt_cannot_lose_its_timer() -> None:
+    trip = run(sequence(booking("pivot", undone=False, pivot=True))).fails()
+    with pytest.raises(NotPossibleError, match="step pivot would never be tried again"):
+        trip.acts(Verb.CANCEL_DEADLINE, "pivot")
+
+
+def test_the_deadline_of_a_saga_is_moved_and_cancelled() -> None:
+    trip = run(sequence(booking("a", timeout=9000)), deadline=100)
+    until = trip.now + timedelta(seconds=500)
+    moved = trip.acts(Verb.MOVE_DEADLINE, until=until)
+    assert (moved.instance.deadline, moved.instance.due_at) == (until, until)
+    assert moved.last.entry.change == {"deadline": until.isoformat()}
+    assert moved.passes(499).status is Status.RUNNING
+    cancelled = run(sequence(booking("a", timeout=9000)), deadline=100).acts(Verb.CANCEL_DEADLINE)
+    assert (cancelled.instance.deadline, cancelled.passes(8000).status) == (None, Status.RUNNING)
+    with pytest.raises(NotPossibleError, match="the saga has no deadline of its own"):
+        cancelled.acts(Verb.CANCEL_DEADLINE)
+    given = run(sequence(booking("a", timeout=9000))).acts(Verb.MOVE_DEADLINE, until=until)
+    assert given.passes(500).status is Status.COMPENSATING, "one that had none is given one"
+    with pytest.raises(NotPossibleError, match="the saga is compensating; it has no deadline of its own any more"):
+        given.acts(Verb.MOVE_DEADLINE, until=given.now + timedelta(seconds=1))
+    with pytest.raises(NotPossibleError, match="the saga is needs_attention and past its pivot"):
+        stuck_forth().acts(Verb.CANCEL_DEADLINE)
+
+
 def test_who_looked_at_an_older_revision_is_told_to_look_again() -> None:
     trip = run(sequence(booking("a"), booking("b")))
     seen = trip.instance.revision

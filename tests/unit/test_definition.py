@@ -379,6 +379,12 @@ def test_an_application_that_cannot_work_is_refused(about: dict[str, Any], text:
     assert str(caught.value) == text
 
 
+@pytest.mark.parametrize("name", ["", "my shop", "shop/eu", "-shop", "s" * 101])
+def test_a_name_that_cannot_stand_in_the_name_of_a_queue_is_refused(name: str) -> None:
+    with pytest.raises(DefinitionError, match="a name is letters, digits"):
+        App(name)
+
+
 # Settings
 
 

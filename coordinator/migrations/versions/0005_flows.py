@@ -6,8 +6,8 @@ from sqlalchemy.dialects import postgresql
 
 from events.tables import Timestamp
 
-revision = "0003"
-down_revision = "0002"
+revision = "0005"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
@@ -25,8 +25,6 @@ def upgrade() -> None:
         "UPDATE saga_instance SET turned_back = true WHERE status IN ('compensating', 'compensated')"
         " OR status = 'needs_attention' AND CAST(steps AS TEXT) LIKE '%undo_attempt%'"
     )
-    with op.batch_alter_table("saga_instance") as table:
-        table.alter_column("turned_back", server_default=None)
     op.create_table(
         "saga_item",
         sa.Column("id", sa.Uuid(), nullable=False),

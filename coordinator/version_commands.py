@@ -1,0 +1,92 @@
+"""`coordinator sagas versions|forget-version`: which versions of sagas there are, and what is left of them."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from coordinator import process
+from coordinator.app import App
+from coordinator.loading import load_app
+from coordinator.node import open_reading, open_schema
+from coordinator.settings import load_settings
+from coordinator.versions import VersionCount, Versions
+from coordinator.views import print_json
+
+out = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+AppOption = Annotated[
+    str | None, typer.Option("--app", metavar="APP", help="say what this application has the code of: module:attribute")
+]
+SagaName = Annotated[str, typer.Argument(metavar="NAME", help="the name of a saga")]
+
+
+def list_versions(app: AppOption = None, as_json: AsJson = False) -> None:
+    """List the versions of all sagas, and how many instances each has."""
+    loaded, settings = load_app(app) if app else None, load_settings()
+
+    async def work() -> None:
+        async with open_reading(settings) as engine:
+            print_versions(await Versions(engine).count(), loaded, as_json=as_json)
+
+    process.run(work())
+
+
+def forget_version(
+    saga: SagaName,
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="its version")],
+) -> None:
+    """Forget what a version was like, so that its definition may change; refused while it has instances in flight."""
+    settings = load_settings()
+    process.log_to_stderr("WARNING", settings.log_format)
+
+    async def work() -> None:
+        async with open_schema(settings) as engine:
+            await Versions(engine).forget(saga, version)
+
+    process.run(work())
+    out.print(f"forgot version {version} of {saga}", highlight=False)
+
+
+def print_versions(counts: Sequence[VersionCount], app: App | None, *, as_json: bool) -> None:
+    """Print a row for each version; with an application also what that does with it."""
+    if as_json:
+        print_json(
+            out,
+            [
+                {
+                    "saga": each.saga,
+                    "version": each.version,
+                    "first_seen": each.first_seen.isoformat() if each.first_seen else None,
+                    "in_flight": each.in_flight,
+                    "needs_attention": each.stuck,
+                    "ended": each.ended,
+                    **({"code": _code_of(each, app)} if app else {}),
+                }
+                for each in counts
+            ],
+        )
+        return
+    numbers = [Column(name, justify="right") for name in ("in flight", "needs attention", "ended")]
+    table = Table("saga", Column("version", justify="right"), "first seen", *numbers, *(["code"] if app else []))
+    for each in counts:
+        table.add_row(
+            each.saga,
+            str(each.version),
+            f"{each.first_seen:%Y-%m-%d %H:%M}" if each.first_seen else "",
+            *(str(number) if number else "" for number in (each.in_flight, each.stuck, each.ended)),
+            *([_code_of(each, app)] if app else []),
+        )
+    out.print(table)
+
+
+def _code_of(version: VersionCount, app: App) -> str:
+    """Say what an application does with a version."""
+    key = (version.saga, version.version)
+    starting = [each.definition.version for each in app.sagas if each.definition.name == version.saga]
+    if version.version == max(starting, default=None):
+        return "starts new ones"
+    return "finishes" if key in {(each.name, each.version) for each in app.definitions} else "missing"
