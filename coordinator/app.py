@@ -8,6 +8,7 @@ from dishka import Provider
 from sqlalchemy import MetaData
 
 from coordinator.definition import Saga, SagaDefinition
+from coordinator.lifecycles.definition import Lifecycle
 from events.errors import DefinitionError
 from events.message import Command, Message
 from events.registry import Registry
@@ -32,6 +33,7 @@ class App:
         tables: tables of the application's own that are created at start where they are missing. For
             development; in production keep migrations of your own.
         messages: further message classes that `coordinator publish` shall know.
+        lifecycles: the life cycle classes of its entities; several versions of one side by side.
     """
 
     name: str
@@ -41,6 +43,7 @@ class App:
     resources: Sequence[Provider] = ()
     tables: Sequence[MetaData] = ()
     messages: Sequence[type[Message]] = ()
+    lifecycles: Sequence[type[Lifecycle]] = ()
 
     def __post_init__(self) -> None:
         if not _name_pattern.fullmatch(self.name):
@@ -56,6 +59,11 @@ class App:
         sagas = [(each.name, each.version) for each in self.definitions]
         if doubled := {saga for saga in sagas if sagas.count(saga) > 1}:
             raise DefinitionError(f"app {self.name}: two sagas have the same name and version: {sorted(doubled)}")
+        lifecycles = [(each.definition.name, each.definition.version) for each in self.lifecycles]
+        if repeated := {each for each in lifecycles if lifecycles.count(each) > 1}:
+            raise DefinitionError(
+                f"app {self.name}: two life cycles have the same name and version: {sorted(repeated)}"
+            )
         breakers: dict[str, Breaker] = {}
         for breaker in (handler.breaker for handler in self.handlers if handler.breaker is not None):
             if breakers.setdefault(breaker.name, breaker) != breaker:

@@ -15,6 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator import schema
 from coordinator.app import App
 from coordinator.engine import Engine
+from coordinator.lifecycles.service import Lifecycles
+from coordinator.lifecycles.store import LifecycleStore
+from coordinator.lifecycles.timers import LifecycleTimers
 from coordinator.settings import Settings
 from coordinator.store import Store
 from coordinator.versions import Versions
@@ -52,7 +55,7 @@ class Node:
     Args:
         app: the application.
         settings: where its servers are.
-        coordinator: run its sagas here.
+        coordinator: run its sagas, and the deadlines of its life cycles, here.
         handlers: run its handlers here; False for none, or the names of some.
         clock, ids, random: ports, the system's own by default.
     """
@@ -74,6 +77,7 @@ class Node:
         self._ids = ids or TimeOrderedIds()
         self._random = random or system_random()
         self._with_coordinator = coordinator and bool(app.definitions)
+        self._with_timers = coordinator and bool(app.lifecycles)
         self._handlers = [h for h in app.handlers if handlers is True or (handlers and h.name in handlers)]
         if handlers is not True and handlers and (strange := handlers - {h.name for h in app.handlers}):
             raise ConfigurationError(f"{app.name} has no handler called {', '.join(sorted(strange))}")
@@ -83,6 +87,7 @@ class Node:
         self.engine: AsyncEngine
         self.bus: Bus
         self.store: Store
+        self.lifecycles: Lifecycles
         self.publisher: Publisher
         self.relay: Relay
 
@@ -121,6 +126,14 @@ class Node:
             self.bus, self._app.source, clock=self._clock, ids=self._ids, limits=self._settings.limits
         )
         outbox: Outbox = self.bus if isinstance(self.bus, EmbeddedBus) else self.relay
+        self.lifecycles = make_lifecycles(
+            self._app,
+            self._settings,
+            LifecycleStore(self.engine, self._clock),
+            outbox=outbox,
+            clock=self._clock,
+            ids=self._ids,
+        )
         engine = self._make_engine(outbox)
         group = self._group = self._make_group(outbox)
         self._watched.append(lambda: self.relay.failing)
@@ -146,6 +159,11 @@ class Node:
             self._stack.push_async_callback(engine.stop)
             self._watched.append(lambda: engine.failing)
             await engine.start()
+        if self._with_timers:
+            timers = LifecycleTimers(self.lifecycles, self._clock)
+            self._stack.push_async_callback(timers.stop)
+            self._watched.append(lambda: timers.failing)
+            await timers.start()
 
     async def problems(self) -> list[str]:
         """Return what keeps this process from its work, in sentences for people; nothing if it is ready."""
@@ -237,6 +255,21 @@ async def register_versions(app: App, store: Store) -> None:
                 version,
                 extra={"action": "saga.unknown_version", "saga": saga, "version": version},
             )
+
+
+def make_lifecycles(
+    app: App, settings: Settings, store: LifecycleStore, *, outbox: Outbox, clock: Clock, ids: Ids
+) -> Lifecycles:
+    """Return the entities of an application; all of its processes speak with one voice."""
+    return Lifecycles(
+        app.lifecycles,
+        source=f"{app.source}/lifecycles",
+        store=store,
+        outbox=outbox,
+        clock=clock,
+        ids=ids,
+        limits=settings.limits,
+    )
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, MetaData, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator import tables as _coordinator_tables
+from coordinator.lifecycles import tables as _lifecycle_tables
 from events.database import transaction
 from events.errors import ConfigurationError
 from events.failpoints import failpoint
@@ -21,7 +22,7 @@ from handlers import tables as _handler_tables
 __all__ = ["check", "create_missing", "current", "head", "metadata", "upgrade"]
 
 _LOCK = 0x5A6AC00D  # any number that nobody else uses for pg_advisory_lock
-_parts = (_coordinator_tables, _handler_tables)  # importing them fills the metadata
+_parts = (_coordinator_tables, _handler_tables, _lifecycle_tables)  # importing them fills the metadata
 
 
 def _config(connection: Connection | None = None) -> Config:

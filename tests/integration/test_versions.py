@@ -119,7 +119,7 @@ async def test_instances_are_counted_for_each_version(engine: AsyncEngine) -> No
 async def test_a_process_refuses_a_changed_saga_and_names_the_versions_that_it_leaves_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = Settings(database_url=f"sqlite:///{tmp_path / 'test.db'}")  # type: ignore[arg-type]  # pydantic reads it
+    settings = Settings(database_url=f"sqlite:///{tmp_path / 'test.db'}")
     async with Node(App("shop", sagas=[Trip, Later]), settings) as node:
         await add_instance(node.engine, "trip", 2, Status.RUNNING)
     with caplog.at_level(logging.WARNING):

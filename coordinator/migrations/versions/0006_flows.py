@@ -6,8 +6,8 @@ from sqlalchemy.dialects import postgresql
 
 from events.tables import Timestamp
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

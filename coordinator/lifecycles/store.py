@@ -1,0 +1,217 @@
+"""Where entities, their audit trail and delegations are kept: the same statements on PostgreSQL and SQLite."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Row, Select, and_, or_, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from coordinator.lifecycles.entity import Delegation, Entity, Moved, Signature
+from coordinator.lifecycles.tables import lifecycle_delegation, lifecycle_entity, lifecycle_history
+from events.bulk import Bulk
+from events.clock import Clock
+from events.database import reader
+from events.storeclock import StoreClock
+
+_ENTITY = tuple(column.name for column in lifecycle_entity.c)
+_FIXED = ("lifecycle", "version", "key", "created_at", "correlation_id")
+_CHANGING = tuple(name for name in _ENTITY if name not in _FIXED)
+_insert = Bulk(lifecycle_entity, *_ENTITY)
+_update = Bulk(lifecycle_entity, *_CHANGING)
+_record = Bulk(lifecycle_history, *(column.name for column in lifecycle_history.c))
+
+
+class LifecycleStore:
+    """The entities of one database."""
+
+    def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+        self.engine = engine
+        self.clock = StoreClock(engine, clock)
+        self._reader = reader(engine)
+
+    # Within a transaction
+
+    async def load(self, connection: AsyncConnection, lifecycle: str, key: str) -> Entity | None:
+        """Return an entity, locked until the end of the transaction; None if there is none."""
+        query = _entities().where(lifecycle_entity.c.lifecycle == lifecycle, lifecycle_entity.c.key == key)
+        row = (await connection.execute(query.with_for_update())).first()
+        return None if row is None else _entity(row)
+
+    async def insert(self, connection: AsyncConnection, moved: Moved) -> bool:
+        """Insert a new entity with its first audit entry; say whether its key was new.
+
+        Who loses the race for a key waits here for the winner's commit, and has written nothing.
+        """
+        row = _values(moved.entity, _ENTITY)
+        if not await _insert.insert_new(connection, [row], key=("lifecycle", "key")):
+            return False
+        await _record.insert(connection, [_audit_values(moved)])
+        return True
+
+    async def update(self, connection: AsyncConnection, moved: Sequence[Moved]) -> None:
+        """Write entities that have moved, each with its audit entry.
+
+        Raises:
+            StaleRowError: one of them was changed meanwhile; nothing may be committed.
+        """
+        rows = [_values(each.entity, _CHANGING) for each in moved]
+        expected = ("revision", [each.entity.revision - 1 for each in moved])
+        await _update.update(connection, rows, key="id", expected=expected)
+        await _record.insert(connection, [_audit_values(each) for each in moved])
+
+    async def claim_due(self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int) -> list[Entity]:
+        """Return entities whose deadline has passed on the database's clock, locked; others skip them.
+
+        `known` are the names and versions of the life cycles that the caller has the code of.
+        """
+        query = (
+            _entities()
+            .where(lifecycle_entity.c.due_at <= self.clock.now())
+            .where(tuple_(lifecycle_entity.c.lifecycle, lifecycle_entity.c.version).in_(list(known)))
+            .order_by(lifecycle_entity.c.due_at)
+            .limit(most)
+            .with_for_update(skip_locked=True)
+        )
+        return [_entity(row) for row in await connection.execute(query)]
+
+    async def delegations_to(self, connection: AsyncConnection, users: Iterable[str]) -> list[Delegation]:
+        """Return all delegations that were ever given to `users`."""
+        query = select(lifecycle_delegation).where(lifecycle_delegation.c.to_user.in_(list(users)))
+        return [_delegation(row) for row in await connection.execute(query)]
+
+    async def add_delegation(self, connection: AsyncConnection, delegation: Delegation) -> None:
+        """Insert a delegation."""
+        values = {name: getattr(delegation, name) for name in Delegation.__slots__}
+        await connection.execute(lifecycle_delegation.insert().values(**values))
+
+    async def load_delegation(self, connection: AsyncConnection, id: UUID) -> Delegation | None:
+        """Return a delegation, locked until the end of the transaction; None if there is none."""
+        query = select(lifecycle_delegation).where(lifecycle_delegation.c.id == id).with_for_update()
+        row = (await connection.execute(query)).first()
+        return None if row is None else _delegation(row)
+
+    async def revoke(self, connection: AsyncConnection, id: UUID, *, by: str, at: datetime) -> None:
+        """Mark a delegation as taken back."""
+        this = lifecycle_delegation.c.id == id
+        await connection.execute(update(lifecycle_delegation).where(this).values(revoked_at=at, revoked_by=by))
+
+    # Reading
+
+    async def find(self, lifecycle: str, key: str) -> Entity | None:
+        """Return an entity; None if there is none."""
+        query = _entities().where(lifecycle_entity.c.lifecycle == lifecycle, lifecycle_entity.c.key == key)
+        found = await self._read(query)
+        return _entity(found[0]) if found else None
+
+    async def list(
+        self, *, lifecycle: str | None = None, state: str | None = None, limit: int = 50
+    ) -> Sequence[Entity]:
+        """Return the newest entities, those of a life cycle or in a state only if one is given."""
+        query = _entities().order_by(lifecycle_entity.c.id.desc()).limit(limit)
+        if lifecycle is not None:
+            query = query.where(lifecycle_entity.c.lifecycle == lifecycle)
+        if state is not None:
+            query = query.where(lifecycle_entity.c.state == state)
+        return [_entity(row) for row in await self._read(query)]
+
+    async def waiting(
+        self, states: Iterable[tuple[str, int, str]], roles: Iterable[str], limit: int = 50
+    ) -> Sequence[Entity]:
+        """Return entities in one of the states of a version, or escalated to one of `roles`, longest there first."""
+        c = lifecycle_entity.c
+        query = _entities().where(
+            or_(tuple_(c.lifecycle, c.version, c.state).in_(list(states)), c.escalated_to.in_(list(roles)))
+        )
+        return [_entity(row) for row in await self._read(query.order_by(c.entered_at, c.id).limit(limit))]
+
+    async def history(self, entity_id: UUID) -> Sequence[Row[Any]]:
+        """Return what has happened to an entity, oldest first."""
+        h = lifecycle_history.c
+        return await self._read(select(lifecycle_history).where(h.entity_id == entity_id).order_by(h.revision))
+
+    async def audit(
+        self,
+        *,
+        lifecycle: str | None = None,
+        key: str | None = None,
+        user: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 50,
+    ) -> Sequence[Row[Any]]:
+        """Return the audit trail, newest first, with life cycle and key; `user` has acted or was acted for."""
+        h, e = lifecycle_history.c, lifecycle_entity.c
+        among: list[ColumnElement[bool]] = []
+        among += [e.lifecycle == lifecycle] if lifecycle is not None else []
+        among += [e.key == key] if key is not None else []
+        among += [or_(h.actor == user, h.acting_for == user)] if user is not None else []
+        among += [h.at >= since] if since is not None else []
+        among += [h.at < until] if until is not None else []
+        query = (
+            select(e.lifecycle, e.key, lifecycle_history)
+            .join_from(lifecycle_history, lifecycle_entity, h.entity_id == e.id)
+            .where(and_(True, *among))
+            .order_by(h.at.desc(), h.entity_id.desc(), h.revision.desc())
+            .limit(limit)
+        )
+        return await self._read(query)
+
+    async def delegations(self, *, user: str | None = None, limit: int = 50) -> Sequence[Delegation]:
+        """Return the newest delegations, those from or to a person only if one is given."""
+        d = lifecycle_delegation.c
+        query = select(lifecycle_delegation).order_by(d.id.desc()).limit(limit)
+        if user is not None:
+            query = query.where(or_(d.from_user == user, d.to_user == user))
+        return [_delegation(row) for row in await self._read(query)]
+
+    async def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        async with self._reader.connect() as connection:
+            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+        return rows
+
+
+def _entities() -> Select[Any]:
+    return select(lifecycle_entity)
+
+
+def _values(entity: Entity, names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(getattr(entity, name) for name in names)
+
+
+def _entity(row: Row[Any]) -> Entity:
+    values = {name: getattr(row, name) for name in Entity.__slots__}
+    values["votes"], values["signatures"] = _signed(row.votes), _signed(row.signatures)
+    return Entity(**values)
+
+
+def _signed(stored: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, list[Signature]]:
+    return {name: [(user, acting_for) for user, acting_for in signatures] for name, signatures in stored.items()}
+
+
+def _audit_values(moved: Moved) -> tuple[Any, ...]:
+    entity, e = moved.entity, moved.entry
+    by = e.by
+    return (
+        entity.id,
+        entity.revision,
+        e.kind.value,
+        e.at,
+        e.from_state,
+        e.to_state,
+        e.transition,
+        by and by.user,
+        by and by.acting_for,
+        sorted(by.roles) if by else [],
+        e.role,
+        e.delegation,
+        e.comment,
+        e.message_id,
+        list(e.votes),
+        dict(e.change),
+    )
+
+
+def _delegation(row: Row[Any]) -> Delegation:
+    return Delegation(**{name: getattr(row, name) for name in Delegation.__slots__})
