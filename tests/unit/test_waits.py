@@ -250,7 +250,7 @@ def test_an_empty_value_finds_nothing_and_turns_the_saga_back() -> None:
 
 
 def test_several_values_and_other_names_find_the_saga() -> None:
-    wait = awaits(Paid, by={"order": "order", "payment": "reference"})(lambda self, event: None)
+    wait = awaits(Paid, by={"order": "order", "payment": "reference"})(print)
     paid = Paid(order="o-1", payment="p-1")
 
     class Known:
