@@ -2,18 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
 from opentelemetry.trace import SpanKind
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
+from coordinator.chain import HistoryRow, history_row
 from coordinator.decide import decide, describe, give_up
 from coordinator.decision import Acted, Announcement, Decision, Elapsed, Input, Replied, Request, Started
 from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance, Status, StepStatus
-from coordinator.store import HistoryRow
 from events import tracing
 from events.codec import Readable
 from events.dead_letters import DeadLetter
@@ -163,14 +163,14 @@ class Batch:
             NotPossibleError: it makes no sense where the saga stands.
         """
         instance = self.loaded[saga]
-        self._decide(self._sagas.of(instance), instance, given, given.verb.value, cause=None)
+        recorded = _said(given)
+        self._decide(self._sagas.of(instance), instance, given, given.verb.value, cause=None, recorded=recorded)
         return self.current[saga]
 
     def stop(self, instance: Instance, reason: str) -> None:
         """Leave an instance to a person: nothing that it wants to do can be done."""
         decision = give_up(instance, reason, self._ports.now())
-        self.current[instance.id] = decision.instance
-        self.history.append((instance.id, decision.instance.revision, decision.entry))
+        self.current[instance.id] = self._record(decision, None)
         self._notes.append(lambda: _alert(decision.instance))
 
     def reject(self, item: Item, error: Exception) -> None:
@@ -231,8 +231,8 @@ class Batch:
                 else:
                     decided.append((decision, self._messages(decision, envelope.id, traceparent)))
         for decision, messages in decided:  # all of them or, after an error, none
-            self.new[decision.instance.saga, decision.instance.key] = decision.instance
-            self._keep(decision, messages)
+            self.new[decision.instance.saga, decision.instance.key] = self._record(decision, _recorded(envelope))
+            self.messages += messages
 
     def _take_reply(self, item: Item, part: Readable, saga: SagaLink) -> None:
         if saga.result is None:
@@ -257,7 +257,7 @@ class Batch:
         )
         name = f"{saga.step} {saga.direction} {saga.result}"
         links = [link for link in (envelope.traceparent, item.transport) if link]
-        self._decide(definition, instance, given, name, cause=envelope.id, links=links)
+        self._decide(definition, instance, given, name, cause=envelope.id, recorded=_recorded(envelope), links=links)
 
     def _outcome(self, definition: SagaDefinition, saga: SagaLink, envelope: Envelope) -> Message | None:
         """Return the outcome's message where somebody is going to look at it."""
@@ -283,6 +283,7 @@ class Batch:
         name: str,
         *,
         cause: str | None,
+        recorded: str | None = None,
         links: Sequence[str] = (),
     ) -> None:
         parent = tracing.context_of(instance.traceparent)
@@ -292,16 +293,19 @@ class Batch:
             if decision is None:
                 return
             messages = self._messages(decision, cause, tracing.traceparent_of(span))
-            self.current[instance.id] = decision.instance
-            self._keep(decision, messages)
+            self.current[instance.id] = self._record(decision, recorded)
+            self.messages += messages
             if decision.instance.status is Status.NEEDS_ATTENTION:
                 tracing.mark_failed(span, decision.instance.reason or "")
                 if instance.status is not Status.NEEDS_ATTENTION:
                     self._notes.append(lambda: _alert(decision.instance))
 
-    def _keep(self, decision: Decision, messages: Iterable[tuple[UUID, Outbound]]) -> None:
-        self.history.append((decision.instance.id, decision.instance.revision, decision.entry))
-        self.messages += messages
+    def _record(self, decision: Decision, given: str | None) -> Instance:
+        """Append a transition to the history; return the instance, which keeps the hash of its last one."""
+        instance = decision.instance
+        row = history_row(instance.id, instance.revision, decision.entry, given=given, head=instance.head)
+        self.history.append(row)
+        return replace(instance, head=row[-1])
 
     # Sending
 
@@ -401,6 +405,19 @@ def _unanswered(instance: Instance, now: datetime) -> str | None:
                 return str(derive_id(instance.id, name, Direction.UNDO.value, at.undo_attempt))
             return str(derive_id(instance.id, name, Direction.DO.value, at.attempt))
     return None
+
+
+def _recorded(envelope: Envelope) -> str:
+    """Return a message for the history: who said it, and the data as they came."""
+    about = to_json({"source": envelope.source, "type": envelope.type, "version": envelope.version}).decode()
+    return f'{about[:-1]},"data":{envelope.data.decode()}}}'
+
+
+def _said(given: Acted) -> str | None:
+    """Return for the history what an operator has said beside what has a column."""
+    names = ("until", "revision", "resolution", "data")
+    said = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return to_json(said).decode() if said else None
 
 
 def _detail(outcome: Message | None, envelope: Envelope) -> str:

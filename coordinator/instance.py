@@ -130,6 +130,7 @@ class Instance:
         reason: why it is undone or needs attention.
         traceparent: the span that the whole saga belongs to.
         deadline: when the saga as a whole turns back, unless a pivot has begun; None for never.
+        head: the hash of the last row of its history; empty before the first.
     """
 
     id: UUID
@@ -146,3 +147,4 @@ class Instance:
     created_at: datetime | None = None
     updated_at: datetime | None = None
     deadline: datetime | None = None
+    head: bytes = b""

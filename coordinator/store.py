@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import Row, Select, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.decision import HistoryEntry
+from coordinator.chain import COLUMNS, HistoryRow
 from coordinator.instance import Instance, Status, StepState
 from coordinator.search import Query
 from coordinator.tables import IN_FLIGHT, saga_history, saga_instance
@@ -31,32 +31,14 @@ _COLUMNS = (
     "created_at",
     "updated_at",
     "deadline",
+    "head",
 )
 _insert = Bulk(saga_instance, *_COLUMNS)
-_CHANGING = ("id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at", "deadline")
+_CHANGING = ("id", "status", "state", "steps", "revision", "due_at", "reason", "updated_at", "deadline", "head")
 _update = Bulk(saga_instance, *_CHANGING)
 _load = Lookup(saga_instance, *_COLUMNS, key="id")
 _load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
-_record = Bulk(
-    saga_history,
-    "saga_id",
-    "revision",
-    "kind",
-    "at",
-    "status",
-    "step",
-    "direction",
-    "attempt",
-    "result",
-    "message_id",
-    "reason",
-    "change",
-    "sent",
-    "actor",
-    "why",
-)
-
-HistoryRow = tuple[UUID, int, HistoryEntry]
+_record = Bulk(saga_history, *COLUMNS, "hash")
 
 
 class Store:
@@ -99,37 +81,15 @@ class Store:
             StaleRowError: one of them has moved on; nothing may be committed.
         """
         rows = [
-            (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at, i.deadline)
+            (i.id, i.status.value, i.state, _steps(i), i.revision, i.due_at, i.reason, i.updated_at, i.deadline, i.head)
             for i in instances
         ]
         expected = ("revision", [loaded[instance.id].revision for instance in instances])
         await _update.update(connection, rows, key="id", expected=expected)
 
     async def record(self, connection: AsyncConnection, rows: Sequence[HistoryRow]) -> None:
-        """Append history rows: saga id, revision, entry."""
-        await _record.insert(
-            connection,
-            [
-                (
-                    saga_id,
-                    revision,
-                    e.kind,
-                    e.at,
-                    e.status.value,
-                    e.step,
-                    e.direction and e.direction.value,
-                    e.attempt,
-                    e.result and e.result.value,
-                    e.message_id,
-                    e.reason,
-                    e.change,
-                    list(e.sent),
-                    e.actor,
-                    e.why,
-                )
-                for saga_id, revision, e in rows
-            ],
-        )
+        """Append history rows."""
+        await _record.insert(connection, rows)
 
     async def claim_due(
         self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int
@@ -220,12 +180,13 @@ def _row(i: Instance) -> tuple[Any, ...]:
         i.created_at,
         i.updated_at,
         i.deadline,
+        i.head,
     )
 
 
 def _instance(row: Any) -> Instance:
-    identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *times = row
-    created, updated, deadline = times
+    identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *rest = row
+    created, updated, deadline, head = rest
     return Instance(
         id=identity,
         saga=saga,
@@ -241,4 +202,5 @@ def _instance(row: Any) -> Instance:
         created_at=created,
         updated_at=updated,
         deadline=deadline,
+        head=head,
     )
