@@ -7,8 +7,9 @@ from datetime import datetime
 from uuid import UUID
 
 from opentelemetry.trace import SpanKind
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
+from coordinator.chain import HistoryRow, history_row
 from coordinator.decide import decide, describe, give_up, start
 from coordinator.decision import (
     Acted,
@@ -27,7 +28,6 @@ from coordinator.facts import Facts, child_id
 from coordinator.instance import Instance, Origin, Status, StepStatus
 from coordinator.outgoing import Outgoing
 from coordinator.sagas import CONSUMER, SagaKey, Sagas, UnknownSagaError, holding
-from coordinator.store import HistoryRow
 from coordinator.waiting import Begun, Correlation, Parked, correlations
 from coordinator.waits import Early
 from events import tracing
@@ -145,14 +145,14 @@ class Batch:
             NotPossibleError: it makes no sense where the saga stands.
         """
         instance = self.loaded[saga]
-        self._decide(self._sagas.of(instance), instance, given, given.verb.value, cause=None)
+        recorded = _said(given)
+        self._decide(self._sagas.of(instance), instance, given, given.verb.value, cause=None, recorded=recorded)
         return self.current[saga]
 
     def stop(self, instance: Instance, reason: str) -> None:
         """Leave an instance to a person: nothing that it wants to do can be done."""
         decision = give_up(instance, reason, self._ports.now())
-        self.current[instance.id] = decision.instance
-        self.history.append((instance.id, decision.instance.revision, decision.entry))
+        self.current[instance.id] = self._record(decision, None)
         self._notes.append(lambda: _alert(decision.instance))
 
     def reject(self, item: Item, error: Exception) -> None:
@@ -203,7 +203,7 @@ class Batch:
         started = [self._start(definition, item, envelope, event) for definition in starts]
         found = correlations(awaited, event)
         for decision, messages in started:
-            self._add_new(decision, messages)
+            self._add_new(decision, messages, envelope)
         if not found:
             return
         if envelope.key in self._facts.taken or envelope.key in self.taken:
@@ -226,7 +226,7 @@ class Batch:
             span.set_attributes({"saga.id": str(instance.id), "saga.key": instance.key, "saga.name": instance.saga})
             return decision, self._outgoing(envelope.id, traceparent).of(decision)
 
-    def _add_new(self, decision: Decision, messages: list[Outbound]) -> None:
+    def _add_new(self, decision: Decision, messages: list[Outbound], envelope: Envelope) -> None:
         instance = decision.instance
         if (instance.saga, instance.key) in self.new:
             self._note_duplicate(instance)
@@ -234,8 +234,7 @@ class Batch:
             self.messages += self._refusals
             self._refusals.clear()
             return
-        self.new[instance.saga, instance.key] = instance
-        self._keep(decision, messages)
+        self._keep(decision, messages, _recorded(envelope))
 
     def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> None:
         """Give an event to the instances that wait for it, or have waited."""
@@ -292,7 +291,8 @@ class Batch:
         links = [link for link in (envelope.traceparent, item.transport) if link]
         try:
             definition = self._sagas.of(instance)
-            self._decide(definition, instance, given, f"{step} {envelope.type}", cause=envelope.id, links=links)
+            name, said = f"{step} {envelope.type}", _recorded(envelope)
+            self._decide(definition, instance, given, name, cause=envelope.id, recorded=said, links=links)
         except Exception as error:
             logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
             self.stop(instance, f"{step} cannot take {envelope.type}: {error!r}")
@@ -314,7 +314,8 @@ class Batch:
                 if link.direction is Direction.DO
                 else Recalled(link.attempt, envelope.id, now)
             )
-            self._decide(self._sagas.of(instance), instance, given, given.__class__.__name__.lower(), cause=envelope.id)
+            name, said = given.__class__.__name__.lower(), _recorded(envelope)
+            self._decide(self._sagas.of(instance), instance, given, name, cause=envelope.id, recorded=said)
         elif link.direction is Direction.UNDO:
             self._bar(envelope, link, replace(origin, undo_attempt=link.attempt), identity)
         elif envelope.key in self._facts.taken or envelope.key in self.taken:
@@ -323,7 +324,7 @@ class Batch:
             message = self._sagas.registry.read(envelope)
             decision, messages = self._start(self._sagas.children[envelope.type], item, envelope, message, origin)
             self.taken.add(envelope.key)
-            self._add_new(decision, messages)
+            self._add_new(decision, messages, envelope)
 
     def _bar(self, envelope: Envelope, link: SagaLink, origin: Origin, identity: UUID) -> None:
         """There is nothing to undo, and there shall not be: the command will find itself taken already."""
@@ -385,7 +386,7 @@ class Batch:
         )
         name = f"{saga.step} {saga.direction} {saga.result}"
         links = [link for link in (envelope.traceparent, item.transport) if link]
-        self._decide(definition, instance, given, name, cause=envelope.id, links=links)
+        self._decide(definition, instance, given, name, cause=envelope.id, recorded=_recorded(envelope), links=links)
 
     def _outcome(self, definition: SagaDefinition, saga: SagaLink, envelope: Envelope) -> Message | None:
         """Return the outcome's message where somebody is going to look at it."""
@@ -411,6 +412,7 @@ class Batch:
         name: str,
         *,
         cause: str | None,
+        recorded: str | None = None,
         links: Sequence[str] = (),
     ) -> None:
         parent = tracing.context_of(instance.traceparent)
@@ -420,19 +422,19 @@ class Batch:
             if decision is None:
                 return
             messages = self._outgoing(cause, tracing.traceparent_of(span)).of(decision)
-            if instance.id in self.loaded:
-                self.current[instance.id] = decision.instance
-            else:
-                self.new[instance.saga, instance.key] = decision.instance
-            self._keep(decision, messages)
+            self._keep(decision, messages, recorded)
             if decision.instance.status is Status.NEEDS_ATTENTION:
                 tracing.mark_failed(span, decision.instance.reason or "")
                 if instance.status is not Status.NEEDS_ATTENTION:
                     self._notes.append(lambda: _alert(decision.instance))
 
-    def _keep(self, decision: Decision, messages: Iterable[Outbound]) -> None:
-        instance = decision.instance
-        self.history.append((instance.id, instance.revision, decision.entry))
+    def _keep(self, decision: Decision, messages: Iterable[Outbound], recorded: str | None) -> None:
+        """Keep what was decided, with its row of the history, whose hash the instance has."""
+        instance = self._record(decision, recorded)
+        if instance.id in self.loaded:
+            self.current[instance.id] = instance
+        else:
+            self.new[instance.saga, instance.key] = instance
         self.messages += [(instance.id, message) for message in messages]
         if not (decision.waits or decision.over):
             return
@@ -444,6 +446,13 @@ class Batch:
         for step in decision.over:
             if self.begun.pop((instance.id, step), None) is None:
                 self.over.append((instance.id, step, events[step]))
+
+    def _record(self, decision: Decision, given: str | None) -> Instance:
+        """Append a transition to the history; return the instance, which keeps the hash of its last one."""
+        instance = decision.instance
+        row = history_row(instance.id, instance.revision, decision.entry, given=given, head=instance.head)
+        self.history.append(row)
+        return replace(instance, head=row[-1])
 
     # Saying
 
@@ -497,6 +506,19 @@ def _unanswered(instance: Instance, now: datetime) -> str | None:
                 return str(derive_id(instance.id, name, Direction.UNDO.value, at.undo_attempt))
             return str(derive_id(instance.id, name, Direction.DO.value, at.attempt))
     return None
+
+
+def _recorded(envelope: Envelope) -> str:
+    """Return a message for the history: who said it, and the data as they came."""
+    about = to_json({"source": envelope.source, "type": envelope.type, "version": envelope.version}).decode()
+    return f'{about[:-1]},"data":{envelope.data.decode()}}}'
+
+
+def _said(given: Acted) -> str | None:
+    """Return for the history what an operator has said beside what has a column."""
+    names = ("until", "revision", "resolution", "data")
+    said = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return to_json(said).decode() if said else None
 
 
 def _detail(outcome: Message | None, envelope: Envelope) -> str:

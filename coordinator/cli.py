@@ -23,7 +23,7 @@ from coordinator.health import serving_health
 from coordinator.instance import Instance
 from coordinator.loading import load_app
 from coordinator.node import Node, open_bus, open_reading, open_schema
-from coordinator.publishing import publish_lines
+from coordinator.publishing import publish_lines, queues_of
 from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
 from coordinator.settings import load_settings
 from coordinator.store import Store
@@ -145,8 +145,11 @@ def publish(
         raise ConfigurationError(f"there is no file {file}")
 
     async def work() -> bool:
-        name = loaded.name if loaded else None
-        async with open_schema(settings) as engine, open_bus(settings, engine, application=name) as (bus, _relay):
+        name, queues = (loaded.name, queues_of(loaded)) if loaded else (None, [])
+        async with (
+            open_schema(settings) as engine,
+            open_bus(settings, engine, application=name, queues=queues) as (bus, _relay),
+        ):
             with sys.stdin.buffer if str(file) == "-" else file.open("rb") as lines:
                 return await publish_lines(lines, bus, loaded, settings.limits, out, as_json=as_json)
 

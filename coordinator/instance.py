@@ -219,6 +219,7 @@ class Instance:
         reason: why it is undone or needs attention.
         traceparent: the span that the whole saga belongs to.
         deadline: when the saga as a whole turns back, unless a pivot has begun; None for never.
+        head: the hash of the last row of its history; empty before the first.
         turned_back: whether it is undone, or was.
         origin: the command that a child saga answers.
     """
@@ -237,5 +238,6 @@ class Instance:
     created_at: datetime | None = None
     updated_at: datetime | None = None
     deadline: datetime | None = None
+    head: bytes = b""
     turned_back: bool = False
     origin: Origin | None = None

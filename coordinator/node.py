@@ -18,10 +18,11 @@ from coordinator.engine import Engine
 from coordinator.lifecycles.service import Lifecycles
 from coordinator.lifecycles.store import LifecycleStore
 from coordinator.lifecycles.timers import LifecycleTimers
+from coordinator.sagas import Sagas
 from coordinator.settings import Settings
 from coordinator.store import Store
 from coordinator.versions import Versions
-from events.bus import Bus
+from events.bus import Bus, Queue
 from events.clock import Clock, SystemClock
 from events.database import open_database, ping, sqlite_file
 from events.embedded import EmbeddedBus
@@ -114,11 +115,13 @@ class Node:
                 self._settings,
                 self.engine,
                 application=self._app.name,
+                queues=self._queues,
                 clock=self._clock,
                 ids=self._ids,
                 random=self._random,
             )
         )
+        await failpoint("node.declared")
         self.store = Store(self.engine, self._clock)
         if self._with_coordinator:
             await register_versions(self._app, self.store)
@@ -137,9 +140,6 @@ class Node:
         engine = self._make_engine(outbox)
         group = self._group = self._make_group(outbox)
         self._watched.append(lambda: self.relay.failing)
-        queues = [handler.queue for handler in self._handlers] + (engine.queues if engine else [])
-        await self.bus.declare(queues)
-        await failpoint("node.declared")
         if group is not None:
             self._stack.push_async_callback(group.stop, self._settings.grace)
             self._watched.append(lambda: group.failing)
@@ -185,6 +185,14 @@ class Node:
     def handler_states(self) -> dict[str, Any]:
         """Return how each handler of this process is."""
         return self._group.states() if self._group else {}
+
+    @property
+    def _queues(self) -> list[Queue]:
+        """What is consumed here."""
+        queues = [handler.queue for handler in self._handlers]
+        if self._with_coordinator:
+            queues += Sagas(saga.definition for saga in self._app.sagas).queues
+        return queues
 
     def _make_engine(self, outbox: Outbox) -> Engine | None:
         if not self._with_coordinator:
@@ -328,13 +336,15 @@ async def open_bus(
     engine: AsyncEngine,
     *,
     application: str | None = None,
+    queues: Sequence[Queue] = (),
     clock: Clock | None = None,
     ids: Ids | None = None,
     random: Random | None = None,
 ) -> AsyncIterator[tuple[Bus, Relay]]:
     """Open the bus, and run a relay from the database's outbox to it.
 
-    Who consumes names the `application` whose queues are declared.
+    Who consumes names the `application` whose queues are declared. `queues` are declared before anything is relayed: an
+    event that is published sooner would pass them by.
 
     Raises:
         ConfigurationError: the embedded bus and PostgreSQL do not go together.
@@ -353,6 +363,7 @@ async def open_bus(
     relay = Relay(engine, bus, clock=clock, ids=ids, random=random, limits=settings.limits)
     await bus.open()
     try:
+        await bus.declare(queues)
         await relay.start()
         try:
             yield bus, relay

@@ -24,12 +24,10 @@ async def publish_lines(
 ) -> bool:
     """Publish every line that is an event, confirmed by the bus; return whether all were.
 
-    With an `app`, its queues are declared first, so that nothing is published before somebody receives it, and
-    each event must be one that the application can read.
+    With an `app`, each event must be one that the application can read; its queues must have been declared, so that
+    nothing is published before somebody receives it.
     """
     registry = app.registry if app else None
-    if app is not None:
-        await bus.declare(queues_of(app))
     published, problems = 0, 0
     for batch in _batches(lines):
         outgoing: list[tuple[int, Outgoing]] = []

@@ -16,6 +16,7 @@ from coordinator.lifecycles import tables as _lifecycle_tables
 from events.database import transaction
 from events.errors import ConfigurationError
 from events.failpoints import failpoint
+from events.sqlite import check_foreign_keys, without_foreign_keys
 from events.tables import metadata
 from handlers import tables as _handler_tables
 
@@ -68,10 +69,14 @@ async def _create(connection: AsyncConnection, tables: Iterable[MetaData]) -> No
 @asynccontextmanager
 async def _locked(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Begin a transaction that changes tables: "create if missing" of two processes would collide without a lock."""
-    async with transaction(engine) as connection:
-        if engine.dialect.name == "postgresql":
+    if engine.dialect.name == "postgresql":
+        async with transaction(engine) as connection:
             await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+            yield connection
+        return
+    async with engine.connect() as connection, without_foreign_keys(connection), connection.begin():
         yield connection
+        await check_foreign_keys(connection)
 
 
 async def check(engine: AsyncEngine) -> None:

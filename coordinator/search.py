@@ -27,7 +27,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from coordinator.instance import Status, StepStatus
-from coordinator.tables import IN_FLIGHT, saga_instance
+from coordinator.tables import IN_FLIGHT, STUCK, saga_instance
 from events.dead_letters import storable
 from events.errors import ConfigurationError
 
@@ -112,8 +112,11 @@ def _stands_at(statuses: Sequence[Status]) -> list[ColumnElement[bool]]:
         "statuses", [each.value for each in statuses], expanding=True, literal_execute=True
     )
     found: list[ColumnElement[bool]] = [saga_instance.c.status.in_(values)]
-    if all(each.in_flight for each in statuses):
-        found.append(text(IN_FLIGHT))  # type: ignore[arg-type]  # a text is a condition, too
+    words = IN_FLIGHT if all(each.in_flight for each in statuses) else None
+    if set(statuses) == {Status.NEEDS_ATTENTION}:
+        words = STUCK
+    if words is not None:
+        found.append(text(words))  # type: ignore[arg-type]  # a text is a condition, too
     return found
 
 

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import Row, Select, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.decision import HistoryEntry
+from coordinator.chain import COLUMNS, HistoryRow
 from coordinator.instance import Instance, Origin, Status, StepState, step_and_item
 from coordinator.search import Query
 from coordinator.tables import IN_FLIGHT, saga_history, saga_instance, saga_item
@@ -31,6 +31,7 @@ _COLUMNS = (
     "created_at",
     "updated_at",
     "deadline",
+    "head",
     "turned_back",
     "origin",
 )
@@ -39,26 +40,7 @@ _insert = Bulk(saga_instance, *_COLUMNS)
 _update = Bulk(saga_instance, *(name for name in _COLUMNS if name not in _FIXED))
 _load = Lookup(saga_instance, *_COLUMNS, key="id")
 _load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
-_record = Bulk(
-    saga_history,
-    "saga_id",
-    "revision",
-    "kind",
-    "at",
-    "status",
-    "step",
-    "direction",
-    "attempt",
-    "result",
-    "message_id",
-    "reason",
-    "change",
-    "sent",
-    "actor",
-    "why",
-)
-
-HistoryRow = tuple[UUID, int, HistoryEntry]
+_record = Bulk(saga_history, *COLUMNS, "hash")
 
 
 class Store:
@@ -111,6 +93,7 @@ class Store:
                 i.reason,
                 i.updated_at,
                 i.deadline,
+                i.head,
                 i.turned_back,
                 i.origin and i.origin.to_json(),
             )
@@ -120,30 +103,8 @@ class Store:
         await _update.update(connection, rows, key="id", expected=expected)
 
     async def record(self, connection: AsyncConnection, rows: Sequence[HistoryRow]) -> None:
-        """Append history rows: saga id, revision, entry."""
-        await _record.insert(
-            connection,
-            [
-                (
-                    saga_id,
-                    revision,
-                    e.kind,
-                    e.at,
-                    e.status.value,
-                    e.step,
-                    e.direction and e.direction.value,
-                    e.attempt,
-                    e.result and e.result.value,
-                    e.message_id,
-                    e.reason,
-                    e.change,
-                    list(e.sent),
-                    e.actor,
-                    e.why,
-                )
-                for saga_id, revision, e in rows
-            ],
-        )
+        """Append history rows."""
+        await _record.insert(connection, rows)
 
     async def claim_due(
         self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int
@@ -244,6 +205,7 @@ def _row(i: Instance) -> tuple[Any, ...]:
         i.created_at,
         i.updated_at,
         i.deadline,
+        i.head,
         i.turned_back,
         i.origin and i.origin.to_json(),
     )
@@ -251,7 +213,7 @@ def _row(i: Instance) -> tuple[Any, ...]:
 
 def _instance(row: Any) -> Instance:
     identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *others = row
-    created, updated, deadline, turned_back, origin = others
+    created, updated, deadline, head, turned_back, origin = others
     return Instance(
         id=identity,
         saga=saga,
@@ -267,6 +229,7 @@ def _instance(row: Any) -> Instance:
         created_at=created,
         updated_at=updated,
         deadline=deadline,
+        head=head,
         turned_back=turned_back,
         origin=Origin.from_json(origin) if origin else None,
     )

@@ -2,10 +2,12 @@
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, Uuid, false, text
 
-from events.tables import Json, Timestamp, metadata
+from events.tables import Json, JsonText, Timestamp, metadata
 
 IN_FLIGHT = "status IN ('running', 'compensating')"  # the words of the index: SQLite uses it for no others
+STUCK = "status = 'needs_attention'"
 _in_flight = text(IN_FLIGHT)
+_stuck = text(STUCK)
 _has_deadline = text("due_at IS NOT NULL")
 
 saga_instance = Table(
@@ -25,11 +27,13 @@ saga_instance = Table(
     Column("created_at", Timestamp, nullable=False),
     Column("updated_at", Timestamp, nullable=False),
     Column("deadline", Timestamp),
+    Column("head", LargeBinary, nullable=False),  # the hash of the last row of its history
     Column("turned_back", Boolean, nullable=False, server_default=false()),
     Column("origin", Json),
-    Index("uq_saga_instance_saga_key", "saga", "key", unique=True),
+    Index("uq_saga_instance_key_saga", "key", "saga", unique=True),  # in this order it finds a key alone, too
     Index("ix_saga_instance_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
     Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),
+    Index("ix_saga_instance_stuck", "saga", "id", postgresql_where=_stuck, sqlite_where=_stuck),
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02"},
 )
 
@@ -88,7 +92,7 @@ parked_event = Table(
     Index("ix_parked_event_expires_at", "expires_at"),
 )
 
-# Append only: nothing here is ever changed.
+# Append only: nothing here is ever changed. JSON is kept as text, since its hash is one over text.
 saga_history = Table(
     "saga_history",
     metadata,
@@ -103,8 +107,10 @@ saga_history = Table(
     Column("result", Text),
     Column("message_id", Text),
     Column("reason", Text),
-    Column("change", Json, nullable=False),
-    Column("sent", Json, nullable=False),
+    Column("change", JsonText, nullable=False),
+    Column("sent", JsonText, nullable=False),
     Column("actor", Text),  # the operator who did it,
     Column("why", Text),  # and his reason
+    Column("input", JsonText),  # what was decided on: a message as it came, or what else an operator has said
+    Column("hash", LargeBinary, nullable=False),  # see `coordinator.chain`
 )

@@ -117,6 +117,8 @@ def _document(instance: Instance) -> dict[str, Any]:
 def _plain_value(value: Any) -> Any:
     if isinstance(value, StepState):
         return value.to_json()
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, dict):
         return {name: _plain_value(each) for name, each in value.items()}
     if isinstance(value, str | int | float | bool | list | None):

@@ -11,8 +11,9 @@ connections write to, and a second connection could only wait for the first.
 import asyncio
 import fcntl
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -103,6 +104,32 @@ class _Connection:
     def stop(self) -> None:
         self._committer.shutdown(wait=True)
         self._conn.close()
+
+
+@asynccontextmanager
+async def without_foreign_keys(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Let a table be made anew that others refer to, in a transaction of the block: its rows would hold it.
+
+    SQLite has no other way ("ALTER TABLE", section "Making Other Kinds Of Table Schema Changes"). The keys are checked
+    when the transaction is about to end, by whoever has begun it: `check_foreign_keys`.
+    """
+    cursor = (await connection.get_raw_connection()).driver_connection.cursor().plain  # type: ignore[union-attr]
+    cursor.execute("PRAGMA foreign_keys=OFF")  # in a transaction it would do nothing
+    try:
+        yield
+    finally:
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+
+async def check_foreign_keys(connection: AsyncConnection) -> None:
+    """Raise if a row refers to one that is not there.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: as SQLAlchemy would.
+    """
+    if (await execute(connection, "PRAGMA foreign_key_check")).fetchall():
+        raise _translated(sqlite3.IntegrityError("FOREIGN KEY constraint failed"), "PRAGMA", connection)
 
 
 async def execute(connection: AsyncConnection, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:

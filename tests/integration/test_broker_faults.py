@@ -224,6 +224,7 @@ async def test_f20_while_an_alarm_blocks_publishing_the_relay_claims_nothing_and
         assert all(arrived.count(each) == 1 for each in waiting + left_behind)
         await load.is_published()
         assert bus.problem is None
+        await until(lambda: "bus.unblocked" in actions(caplog))
     assert actions(caplog).count("bus.blocked") == 1
     assert actions(caplog).count("bus.unblocked") == 1
 

@@ -4,17 +4,19 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Self
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Connection, event
+from pydantic_core import from_json
+from sqlalchemy import Connection, Text, event, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.acts import NotPossibleError
+from coordinator.chain import COLUMNS, GENESIS, seal
 from coordinator.decision import Resolution, Verb
 from coordinator.definition import Saga
 from coordinator.engine import Engine
@@ -32,7 +34,7 @@ from events.errors import ConfigurationError, StaleRowError, TooLargeError
 from events.failpoints import armed
 from events.ids import TimeOrderedIds
 from events.message import Command, Failed, Message, Refused, Succeeded
-from events.tables import dead_letter, outbox
+from events.tables import JsonText, dead_letter, outbox
 from handlers.tables import retry
 from tests.support.flows import (
     PATIENCE,
@@ -249,9 +251,21 @@ class World:
         return found
 
     async def history(self, key: str = "t-1") -> list[str]:
-        """The kinds of all transitions of an instance, whose revisions have no gap."""
-        rows = await Store(self.engine, self.clock).history((await self.instance(key)).id)
-        assert [row.revision for row in rows] == list(range(1, len(rows) + 1))
+        """The kinds of all transitions of an instance, whose revisions have no gap and whose chain is whole."""
+        instance = await self.instance(key)
+        columns = [type_coerce(saga_history.c[name], saga_history.c[name].type) for name in COLUMNS]
+        columns = [type_coerce(each, Text) if isinstance(each.type, JsonText) else each for each in columns]
+        ours = saga_history.c.saga_id == instance.id
+        async with transaction(self.engine) as connection:
+            found = await connection.execute(
+                select(*columns, saga_history.c.hash).where(ours).order_by(saga_history.c.revision)
+            )
+            rows = found.all()
+        head = GENESIS
+        for number, row in enumerate(rows, 1):
+            head = seal(head, row[:-1])
+            assert (row.revision, row.hash) == (number, head)
+        assert instance.head == head
         return [row.kind for row in rows]
 
     async def sent(self, type: str | None = None) -> list[Envelope]:
@@ -621,6 +635,34 @@ async def test_f50_a_reply_that_answers_nothing_outstanding_moves_no_saga(world:
     assert len(await world.sent()) == sent
     assert list((await world.dead()).values()) == ["unknown_saga"]
     assert await world.history() == ["started", *["late_reply"] * 4]
+
+
+async def test_the_history_keeps_what_was_decided_on(world: World) -> None:
+    """Messages as they came, and who said them; what an operator said; nothing of a deadline, which only has a time."""
+    coordinator = await world.coordinator(Stubborn)
+    await coordinator.take(wanted())
+    instance = await world.instance()
+    world.clock.advance(11)
+    await coordinator.engine.fire_timers()
+    assert (await world.instance()).status == "compensating"
+    until_then = coordinator.store.clock.now() + timedelta(days=1)
+    operator = Operator(coordinator.engine, coordinator.store)
+    await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="a holiday", step="hotel", until=until_then, revision=2)
+    full = FlightFull(trip="é 😀", reason="full")
+    await coordinator.take(reply(instance.id, "hotel", full, Result.FAILED, Direction.UNDO))
+    assert await world.history() == ["started", "deadline", "move_deadline", "reply"]
+    started, deadline, acted, replied = await coordinator.store.history(instance.id)
+    assert started.input == {
+        "source": "/tests",
+        "type": "trip.wanted",
+        "version": 1,
+        "data": from_json(wanted().data),
+    }
+    assert deadline.input is None
+    assert datetime.fromisoformat(acted.input["until"]) == until_then
+    assert acted.input["revision"] == 2
+    assert replied.input["type"] == "flight.full"
+    assert replied.input["data"]["trip"] == "é 😀"
 
 
 async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: World) -> None:

@@ -3,20 +3,39 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Column, Connection, Integer, MetaData, Table, Text, inspect, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    MetaData,
+    Table,
+    TableClause,
+    Text,
+    column,
+    inspect,
+    select,
+    table,
+    text,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator import schema
+from coordinator.chain import COLUMNS, GENESIS, seal
+from coordinator.tables import saga_history, saga_instance
 from events.clock import SystemClock
 from events.database import open_database, transaction
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
+from events.tables import Json, JsonText
 
 TASKS = 6
 
@@ -41,6 +60,17 @@ ours = {
 }
 shop = MetaData()
 products = Table("product", shop, Column("id", Integer, primary_key=True), Column("name", Text, nullable=False))
+
+MOMENT = datetime(2026, 3, 29, 2, 30, 0, 123457, tzinfo=UTC)
+
+
+def history_with(json: Any) -> TableClause:
+    """The table of history, whose JSON has this type."""
+    columns = {each.name: json if isinstance(each.type, JsonText) else each.type for each in saga_history.c}
+    return table("saga_history", *(column(name, kind) for name, kind in columns.items()))
+
+
+old_history, raw_history = history_with(Json), history_with(Text)
 
 
 @pytest.fixture
@@ -200,3 +230,45 @@ async def test_the_migrations_make_tables_with_the_storage_options_of_the_models
     migrated = await catalogue(engines[0], options, "")
     await make_of_models(engines[0])
     assert migrated == await catalogue(engines[0], options, "")
+
+
+async def test_an_old_history_is_sealed(engine: AsyncEngine) -> None:
+    """With the hashes that its rows would have been written with today."""
+    histories = {uuid4(): 3, uuid4(): 1}
+    async with transaction(engine) as connection:
+        await connection.run_sync(lambda sync: command.upgrade(schema._config(sync), "0002"))
+        for saga_id, count in histories.items():
+            about = {"id": saga_id, "saga": "trip", "version": 1, "key": str(saga_id), "status": "running", "state": {}}
+            about |= {"steps": {}, "revision": count, "created_at": MOMENT, "updated_at": MOMENT}
+            await connection.execute(saga_instance.insert().values(about))
+            for revision in range(1, count + 1):
+                happened = {"saga_id": saga_id, "revision": revision, "kind": "reply", "at": MOMENT, "attempt": 1}
+                happened |= {"status": "running", "change": {"state": {"amount": 1e20, "é": None}}, "sent": []}
+                await connection.execute(old_history.insert().values(happened))
+    await schema.upgrade(engine)
+    async with transaction(engine) as connection:
+        for saga_id, count in histories.items():
+            wanted = select(*(raw_history.c[name] for name in (*COLUMNS, "hash"))).order_by(raw_history.c.revision)
+            rows = (await connection.execute(wanted.where(raw_history.c.saga_id == saga_id))).all()
+            head = GENESIS
+            for row in rows:
+                head = seal(head, row[:-1])
+                assert row.hash == head
+            assert len(rows) == count
+            instance = await connection.execute(saga_instance.select().where(saga_instance.c.id == saga_id))
+            assert instance.one().head == head
+        if engine.dialect.name == "sqlite":
+            assert (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one() == 1
+
+
+async def test_an_upgrade_of_an_sqlite_file_that_leaves_a_row_without_its_parent_fails(sqlite_url: str) -> None:
+    engine = open_database(sqlite_url)
+    await schema.upgrade(engine)
+    lost = raw_history.insert().values(saga_id=uuid4(), revision=1, kind="x", at=MOMENT, status="x", hash=b"")
+    with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+        async with schema._locked(engine) as connection:
+            await connection.execute(lost.values(change="{}", sent="[]"))
+    async with transaction(engine) as connection:
+        assert (await connection.execute(raw_history.select())).all() == []
+        assert (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one() == 1
+    await engine.dispose()

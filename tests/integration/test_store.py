@@ -7,10 +7,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pydantic_core import to_json
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from coordinator import schema
+from coordinator.chain import HistoryRow, history_row
 from coordinator.decision import HistoryEntry
 from coordinator.instance import Instance, Status, StepState, StepStatus
 from coordinator.search import Query
@@ -62,6 +64,10 @@ def made(key: str = "t-1", **fields: Any) -> Instance:
 
 def moved(instance: Instance, **fields: Any) -> Instance:
     return replace(instance, revision=instance.revision + 1, updated_at=START + LATER, **fields)
+
+
+def row(instance: Instance, revision: int, entry: HistoryEntry) -> HistoryRow:
+    return history_row(instance.id, revision, entry, given=None, head=b"")
 
 
 def by_id(*instances: Instance) -> dict[Any, Instance]:
@@ -265,7 +271,7 @@ async def test_an_instance_that_has_moved_on_is_not_written_over_nor_anything_el
     async def write_all() -> None:
         async with transaction(store.engine) as connection:
             await store.insert_new(connection, [made("new")])
-            await store.record(connection, [(other.id, 2, HistoryEntry("reply", START, Status.RUNNING))])
+            await store.record(connection, [row(other, 2, HistoryEntry("reply", START, Status.RUNNING))])
             await store.update(connection, [moved(other), moved(stale, reason="late")], by_id(stale, other))
 
     with pytest.raises(StaleRowError):
@@ -310,17 +316,22 @@ async def test_the_history_comes_back_whole_oldest_first(store: Store) -> None:
     )
     bare = HistoryEntry("deadline", START, Status.RUNNING)
     async with transaction(store.engine) as connection:
-        await store.record(connection, [(subject.id, 3, bare), (other.id, 1, bare), (subject.id, 1, bare)])
+        await store.record(connection, [row(subject, 3, bare), row(other, 1, bare), row(subject, 1, bare)])
+    given = to_json({TRICKY: [1, None]}).decode()
+    written = history_row(subject.id, 2, told, given=given, head=b"before")
     async with transaction(store.engine) as connection:
-        await store.record(connection, [(subject.id, 2, told)])
+        await store.record(connection, [written])
 
     first, second, third = await store.history(subject.id)
     assert [first.revision, second.revision, third.revision] == [1, 2, 3]
     assert second == (
         *(subject.id, 2, "reply", told.at, "compensating", "flight", "undo", 2, "declined", TRICKY, TRICKY),
-        *(told.change, list(told.sent), "ada", TRICKY),
+        *(told.change, list(told.sent), "ada", TRICKY, {TRICKY: [1, None]}, written[-1]),
     )
-    assert third == (subject.id, 3, "deadline", START, "running", *[None] * 6, {}, [], None, None)
+    assert third == (
+        *(subject.id, 3, "deadline", START, "running", *[None] * 6, {}, [], None, None, None),
+        row(subject, 3, bare)[-1],
+    )
     assert len(await store.history(other.id)) == 1
     assert await store.history(_ids.new()) == []
 
@@ -330,7 +341,7 @@ async def test_no_revision_is_recorded_twice(store: Store) -> None:
     await insert(store, subject)
     with pytest.raises(IntegrityError):
         async with transaction(store.engine) as connection:
-            await store.record(connection, [(subject.id, 1, entry), (subject.id, 1, entry)])
+            await store.record(connection, [row(subject, 1, entry), row(subject, 1, entry)])
     assert await store.history(subject.id) == []
 
 

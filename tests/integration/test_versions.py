@@ -53,7 +53,7 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 
 async def add_instance(engine: AsyncEngine, saga: str, version: int, status: Status) -> None:
     identity = TimeOrderedIds().new()
-    values = {"state": {}, "steps": {}, "revision": 1, "created_at": START, "updated_at": START}
+    values = {"state": {}, "steps": {}, "revision": 1, "created_at": START, "updated_at": START, "head": b""}
     async with transaction(engine) as connection:
         await connection.execute(
             saga_instance.insert().values(

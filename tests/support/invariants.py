@@ -45,3 +45,21 @@ def check_ledger(ask: Query, ask_outside: Query, placed: Iterable[UUID]) -> None
     assert handled == len(replied), "I9: an inbox row for each reply"
     assert not ask("SELECT reason, detail FROM dead_letter"), "I16: nothing was given up on"
     assert not ask("SELECT reason FROM retry"), "nothing waits any more"
+
+
+def check_atomic(ask: Query) -> None:
+    """I9: an effect and the inbox row of its command, an instance and its latest history row, were committed together.
+
+    On PostgreSQL only, which keeps the transaction that wrote a row.
+    """
+    apart = ask(
+        "SELECT l.order_id, l.what FROM ledger_inside l JOIN saga_instance i ON i.key = l.order_id::text"
+        " WHERE NOT EXISTS (SELECT 1 FROM inbox b WHERE b.xmin = l.xmin AND b.reply IS NOT NULL"
+        " AND convert_from(b.reply, 'UTF8')::jsonb ->> 'sagaid' = i.id::text)"
+    )
+    assert not apart, f"I9: an effect in another transaction than its inbox row: {apart}"
+    apart = ask(
+        "SELECT i.key, h.revision FROM saga_instance i JOIN saga_history h"
+        " ON h.saga_id = i.id AND h.revision = i.revision WHERE h.xmin <> i.xmin"
+    )
+    assert not apart, f"I9: an instance in another transaction than its history: {apart}"

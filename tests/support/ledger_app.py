@@ -18,6 +18,7 @@ from events.database import open_database
 from handlers import Context, Declined, Retry, handles
 
 TIMEOUT = float(os.environ.get("LEDGER_TIMEOUT", "120"))  # seconds for each step
+RESENDS = int(os.environ.get("LEDGER_RESENDS", "0"))  # of each command, and of each that undoes it
 
 tables = MetaData()
 
@@ -157,15 +158,15 @@ class Order(Saga):
     def placed(cls, event: OrderPlaced) -> Self:
         return cls(order_id=event.order_id, number=event.number)
 
-    @step(timeout=TIMEOUT)
+    @step(timeout=TIMEOUT, resends=RESENDS)
     def reserve_goods(self) -> Reserve:
         return Reserve(order_id=self.order_id)
 
-    @reserve_goods.compensation
+    @reserve_goods.compensation(resends=RESENDS)
     def release_goods(self) -> Release:
         return Release(order_id=self.order_id)
 
-    @step(timeout=TIMEOUT)
+    @step(timeout=TIMEOUT, resends=RESENDS)
     def charge_card(self) -> Charge:
         return Charge(order_id=self.order_id)
 
@@ -173,11 +174,11 @@ class Order(Saga):
     def charged(self, outcome: Charged) -> None:
         self.charge_key = outcome.charge
 
-    @charge_card.compensation
+    @charge_card.compensation(resends=RESENDS)
     def refund_card(self) -> Refund:
         return Refund(order_id=self.order_id)
 
-    @step(timeout=TIMEOUT)
+    @step(timeout=TIMEOUT, resends=RESENDS)
     def ship_goods(self) -> Ship:
         return Ship(order_id=self.order_id, number=self.number)
 

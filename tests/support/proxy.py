@@ -1,7 +1,7 @@
 """A network between a client and a broker or a database that fails as it is told to."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
@@ -15,6 +15,10 @@ class Way(StrEnum):
     TO_CLIENT = "to the client"
 
 
+Watch = Callable[[Way, bytes], None]
+"""Is shown what is about to be passed on."""
+
+
 class Proxy:
     """Stands before a broker and passes bytes on, holds them back, or loses them.
 
@@ -22,10 +26,15 @@ class Proxy:
     that is gone for good in one direction, as behind a firewall that has forgotten it; later connections work.
     `watch_answers` asks before each answer. `cut` ends the connections there are now, at once or after so many bytes
     more.
+
+    Args:
+        target: the server.
+        watch: called for each connection; what it returns sees all bytes before they are passed on.
     """
 
-    def __init__(self, target: URL) -> None:
+    def __init__(self, target: URL, watch: Callable[[], Watch] | None = None) -> None:
         self._target = target
+        self._watch = watch
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._connections: dict[asyncio.Task[None], set[Way]] = {}
@@ -81,9 +90,10 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: set[Way]) -> None:
         from_broker, to_broker = await asyncio.open_connection(self._target.host, self._target.port)
+        watch = self._watch() if self._watch else None
         await asyncio.gather(
-            self._pass_on(reader, to_broker, Way.TO_BROKER, lost),
-            self._pass_on(from_broker, writer, Way.TO_CLIENT, lost),
+            self._pass_on(reader, to_broker, Way.TO_BROKER, lost, watch),
+            self._pass_on(from_broker, writer, Way.TO_CLIENT, lost, watch),
         )
 
     def _count(self, way: Way, passed: int) -> None:
@@ -93,7 +103,12 @@ class Proxy:
             self.cut()
 
     async def _pass_on(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: Way, lost: set[Way]
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        way: Way,
+        lost: set[Way],
+        watch: Watch | None,
     ) -> None:
         try:
             while data := await source.read(65_536):
@@ -103,6 +118,8 @@ class Proxy:
                     self._answers.put_nowait(may_pass)
                     await may_pass.wait()
                 passed = data[: self._left.get(way)]
+                if watch:
+                    watch(way, passed)
                 if way not in lost:
                     sink.write(passed)
                     await sink.drain()
