@@ -21,6 +21,7 @@ from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
 from coordinator.health import serving_health
 from coordinator.instance import Instance
+from coordinator.lifecycle_commands import lifecycles
 from coordinator.loading import load_app
 from coordinator.node import Node, open_bus, open_reading, open_schema
 from coordinator.publishing import publish_lines, queues_of
@@ -41,6 +42,7 @@ database = typer.Typer(help="The database schema.", no_args_is_help=True)
 cli.add_typer(sagas, name="sagas")
 cli.add_typer(handlers, name="handlers")
 cli.add_typer(dead_letters, name="dead-letters")
+cli.add_typer(lifecycles, name="lifecycles")
 cli.add_typer(database, name="db")
 
 AppReference = Annotated[str, typer.Argument(metavar="APP", help="the application as module:attribute")]

@@ -75,6 +75,16 @@ class Definitions:
             raise ConfigurationError(f"this application has no life cycle called {name}; it has: {names}")
         return max(versions, key=lambda each: each.version)
 
+    def waiting_for(self, roles: Iterable[str]) -> list[tuple[str, int, str]]:
+        """Return name, version and state where one of `roles` allows something."""
+        wanted = frozenset(roles)
+        return [
+            (definition.name, definition.version, state)
+            for definition in self.by_version.values()
+            for state in definition.states
+            if any(wanted & each.roles for each in definition.out_of(state))
+        ]
+
 
 class Lifecycles:
     """The entities of an application: created, moved by people, and looked at.
@@ -201,13 +211,7 @@ class Lifecycles:
 
         What is each one's own to do, or takes a second pair of eyes, only `act` says.
         """
-        states = [
-            (definition.name, definition.version, state)
-            for definition in self.definitions.by_version.values()
-            for state in definition.states
-            if any(by.roles & each.roles for each in definition.out_of(state))
-        ]
-        return await self.store.waiting(states, by.roles, limit)
+        return await self.store.waiting(self.definitions.waiting_for(by.roles), by.roles, limit)
 
     async def _act(self, connection: AsyncConnection, transition: str, by: Actor, **about: Any) -> Act:
         delegations = await self.store.delegations_to(connection, by.persons)
