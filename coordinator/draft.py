@@ -94,10 +94,11 @@ class Draft:
             change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
         if changed := {name: at for name, at in self.steps.items() if before.steps.get(name) != at}:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
-        if self.limit != before.deadline:
-            change["deadline"] = self.limit and self.limit.isoformat()
+        deadline = self.deadline  # one that is over is not kept: whoever looks need not know of pivots
+        if deadline != before.deadline:
+            change["deadline"] = deadline and deadline.isoformat()
         due = [at.due_at for at in self.steps.values() if at.due_at is not None and self.status.in_flight]
-        if (deadline := self.deadline) is not None:
+        if deadline is not None:
             due.append(deadline)
         instance = replace(
             before,
@@ -108,7 +109,7 @@ class Draft:
             due_at=min(due) if due else None,
             reason=self.reason,
             updated_at=self.now,
-            deadline=self.limit,
+            deadline=deadline,
         )
         sent = [
             {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}
