@@ -646,7 +646,7 @@ async def test_the_history_keeps_what_was_decided_on(world: World) -> None:
     await coordinator.engine.fire_timers()
     assert (await world.instance()).status == "compensating"
     until_then = coordinator.store.clock.now() + timedelta(days=1)
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="a holiday", step="hotel", until=until_then, revision=2)
     full = FlightFull(trip="é 😀", reason="full")
     await coordinator.take(reply(instance.id, "hotel", full, Result.FAILED, Direction.UNDO))
