@@ -9,6 +9,7 @@ from uuid import UUID
 from opentelemetry.trace import SpanKind
 from pydantic_core import from_json, to_json
 
+from coordinator.acts import NotPossibleError
 from coordinator.chain import HistoryRow, history_row
 from coordinator.decide import decide, describe, give_up, start
 from coordinator.decision import (
@@ -137,16 +138,18 @@ class Batch:
             logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
             self.stop(instance, f"{definition.cls.__name__} cannot be decided on: {error!r}")
 
-    def act(self, saga: UUID, given: Acted) -> Instance:
-        """Decide on what an operator does to a loaded instance; return the instance.
-
-        Raises:
-            UnknownSagaError: its definition is not part of this application.
-            NotPossibleError: it makes no sense where the saga stands.
-        """
-        instance = self.loaded[saga]
-        recorded = _said(given)
-        self._decide(self._sagas.of(instance), instance, given, given.verb.value, cause=None, recorded=recorded)
+    def act(self, saga: UUID, given: Acted) -> Instance | CoordinatorError:
+        """Decide on what an operator does to a loaded instance; return the instance, or why it is refused."""
+        try:
+            instance = self.loaded.get(saga)
+            if instance is None:
+                raise UnknownSagaError(f"there is no saga instance {saga} any more")  # noqa: TRY301  # one way out
+            definition, recorded = self._sagas.of(instance), _said(given)
+            self._decide(definition, instance, given, given.verb.value, cause=None, recorded=recorded)
+        except CoordinatorError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # a state that its class cannot read, say
+            return NotPossibleError(f"the saga cannot be decided on: {error!r}")
         return self.current[saga]
 
     def stop(self, instance: Instance, reason: str) -> None:

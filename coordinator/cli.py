@@ -28,6 +28,7 @@ from coordinator.publishing import publish_lines, queues_of
 from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
 from coordinator.settings import load_settings
 from coordinator.store import Store
+from coordinator.timer_commands import timers
 from events.clock import SystemClock
 from events.errors import ConfigurationError, CoordinatorError
 
@@ -43,6 +44,7 @@ cli.add_typer(sagas, name="sagas")
 cli.add_typer(handlers, name="handlers")
 cli.add_typer(dead_letters, name="dead-letters")
 cli.add_typer(lifecycles, name="lifecycles")
+cli.add_typer(timers, name="timers")
 cli.add_typer(database, name="db")
 
 AppReference = Annotated[str, typer.Argument(metavar="APP", help="the application as module:attribute")]
@@ -240,12 +242,7 @@ def chart_saga(
             out.file.write(mermaid(definition))
 
 
-sagas.command("retry")(saga_commands.retry_step)
-sagas.command("skip")(saga_commands.skip_step)
-sagas.command("resolve")(saga_commands.resolve_step)
-sagas.command("compensate")(saga_commands.compensate_saga)
-sagas.command("cancel")(saga_commands.cancel_saga)
-sagas.command("move-deadline")(saga_commands.move_deadline)
+saga_commands.add_to(sagas)
 sagas.command("versions")(version_commands.list_versions)
 sagas.command("forget-version")(version_commands.forget_version)
 

@@ -250,14 +250,15 @@ class Draft:
         changed = {name: at for name, at in self.steps.items() if before.steps.get(name) != at}
         if changed:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}
-        if self.limit != before.deadline:
-            change["deadline"] = self.limit and self.limit.isoformat()
+        deadline = self.deadline  # one that is over is not kept: whoever looks need not know of pivots
+        if deadline != before.deadline:
+            change["deadline"] = deadline and deadline.isoformat()
         due = [
             at.due_at
             for name, at in self.steps.items()
             if at.due_at is not None and self.status.in_flight and step_and_item(name)[1] is None
         ]
-        if (deadline := self.deadline) is not None:
+        if deadline is not None:
             due.append(deadline)
         instance = replace(
             before,
@@ -270,7 +271,7 @@ class Draft:
             updated_at=self.now,
             turned_back=self.turned_back,
             origin=self.origin,
-            deadline=self.limit,
+            deadline=deadline,
         )
         sent = [
             {"id": str(r.id), "type": r.command.message_type, "step": r.step, "direction": r.direction.value}

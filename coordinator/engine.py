@@ -244,14 +244,42 @@ class Engine:
             UnknownSagaError: this application does not have its definition.
             NotPossibleError: it makes no sense where the saga stands.
         """
+        [done] = (await self.act_on_all({saga: given})).values()
+        if isinstance(done, CoordinatorError):
+            raise done
+        return done
+
+    async def act_on_all(
+        self, acts: Mapping[UUID, Acted], *, dry_run: bool = False
+    ) -> dict[UUID, Instance | CoordinatorError]:
+        """Do what an operator asks for, in one transaction, and return each instance as it is then, or why not.
+
+        What is refused for one saga changes nothing for the others; with `dry_run` nothing is changed at all.
+        """
+        try:
+            return await self._act_together(acts, dry_run=dry_run)
+        except Exception as error:
+            if len(acts) == 1 and isinstance(error, CoordinatorError) and not isinstance(error, StaleRowError):
+                return dict.fromkeys(acts, error)
+            if len(acts) <= 1 or is_cancelled() or is_transient(error):
+                raise
+        # What follows for one of them cannot be stored.
+        done = [await self.act_on_all({saga: given}) for saga, given in acts.items()]
+        return {saga: each for one in done for saga, each in one.items()}
+
+    async def _act_together(
+        self, acts: Mapping[UUID, Acted], *, dry_run: bool
+    ) -> dict[UUID, Instance | CoordinatorError]:
         async with transaction(self._engine) as connection:
-            named = [(saga, given.step)] if given.step else []
-            batch = self._batch(Facts(await self._lookups.of(connection, [saga], named)))
-            instance = batch.act(saga, given)
+            named = [(saga, given.step) for saga, given in acts.items() if given.step]
+            batch = self._batch(Facts(await self._lookups.of(connection, acts, named, lock=not dry_run)))
+            done = {saga: batch.act(saga, given) for saga, given in acts.items()}
+            if dry_run:
+                return done
             async with together(connection):
                 after_commit = await self._write(connection, batch, [])
         after_commit()
-        return instance
+        return done
 
     # Deadlines
 

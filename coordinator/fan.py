@@ -20,9 +20,11 @@ def fan_out(draft: Draft, node: Each) -> bool:
     """Begin as many items as may be under way; say whether all of them are done."""
     if node.name not in draft.steps:
         _list(draft, node)
+    fan = draft.count_items(node)
+    if draft.steps[node.name].status is StepStatus.SUCCEEDED and fan.pending:
+        draft.set(node.name, status=StepStatus.RUNNING)  # one that was over is being undone
     if draft.steps[node.name].status is not StepStatus.RUNNING:
         return draft.steps[node.name].status.done
-    fan = draft.count_items(node)
     if node.collect:
         _undo(draft, node, (name for name, at in draft.items_of(node) if at.status is StepStatus.UNKNOWN))
         fan = draft.count_items(node)

@@ -7,14 +7,16 @@ from typing import Any
 from uuid import UUID
 
 from coordinator.app import App
+from coordinator.bulk_acts import BulkAct
 from coordinator.decision import Acted, Resolution, Verb
 from coordinator.engine import Engine
 from coordinator.instance import Instance
 from coordinator.node import make_engine, open_bus, open_schema
+from coordinator.search import Query
 from coordinator.settings import Settings
 from coordinator.store import Store
 from coordinator.versions import Versions
-from events.clock import SystemClock
+from events.clock import Clock, SystemClock
 from events.embedded import EmbeddedBus
 from events.errors import ConfigurationError
 from events.ids import TimeOrderedIds
@@ -26,10 +28,12 @@ class Operator:
     Args:
         engine: writes what follows; it need not be started.
         store: where the sagas are.
+        clock: paces what is done to many.
     """
 
-    def __init__(self, engine: Engine, store: Store) -> None:
+    def __init__(self, engine: Engine, store: Store, clock: Clock) -> None:
         self._engine = engine
+        self._clock = clock
         self.store = store
 
     async def find(self, reference: UUID | str) -> Instance:
@@ -76,12 +80,42 @@ class Operator:
             ConfigurationError: there is no such saga, or no reason is given.
             NotPossibleError: it makes no sense where the saga stands, or the saga has moved on; nothing is changed.
         """
-        if not why.strip() or not by.strip():
-            raise ConfigurationError("say who does this, and why: both are kept in the saga's history")
+        _refuse_anonymous(by, why)
         found = await self.find(reference)
         await self.store.clock.calibrate()
         now = self.store.clock.now()
         return await self._engine.act(found.id, Acted(verb, by, why, now, step, until, revision, resolution, data))
+
+    def act_on(
+        self,
+        query: Query,
+        verb: Verb,
+        *,
+        by: str,
+        why: str,
+        step: str | None = None,
+        until: datetime | None = None,
+        resolution: Resolution | None = None,
+        data: Mapping[str, Any] | None = None,
+        rate: float | None = None,
+        dry_run: bool = False,
+    ) -> BulkAct:
+        """Return the act on all sagas that `query` means, to be iterated over.
+
+        The arguments are those of `act`; `rate` is how many sagas a second there are at most, None for as fast as it
+        goes. With `dry_run` it says what would be done, and changes nothing.
+
+        Raises:
+            ConfigurationError: no reason is given, or the query means all sagas there are.
+        """
+        _refuse_anonymous(by, why)
+        act = Acted(verb, by, why, self.store.clock.now(), step, until, None, resolution, data)
+        return BulkAct(self._engine, self.store, self._clock, query=query, act=act, rate=rate, dry_run=dry_run)
+
+
+def _refuse_anonymous(by: str, why: str) -> None:
+    if not why.strip() or not by.strip():
+        raise ConfigurationError("say who does this, and why: both are kept in the saga's history")
 
 
 @asynccontextmanager
@@ -98,4 +132,4 @@ async def open_operator(app: App, settings: Settings) -> AsyncIterator[Operator]
         outbox = bus if isinstance(bus, EmbeddedBus) else relay
         engine = make_engine(app, settings, store, bus=bus, outbox=outbox, clock=clock, ids=ids)
         await Versions(database).check(app.definitions)
-        yield Operator(engine, store)
+        yield Operator(engine, store, clock)

@@ -211,12 +211,19 @@ def _leave(why: str) -> NoReturn:
 
 async def until_stopped() -> None:
     """Return when the process is asked to stop: SIGTERM or SIGINT."""
-    loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    try:
+    with when_stopped(stopped.set):
         await stopped.wait()
+
+
+@contextmanager
+def when_stopped(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` when the process is asked to stop during the block: SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, act)
+    try:
+        yield
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)

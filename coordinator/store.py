@@ -1,10 +1,11 @@
 """Where instances and their history are kept: the same statements on PostgreSQL and SQLite, a batch at a time."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, func, select, text, tuple_
+from sqlalchemy import Row, Select, bindparam, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.chain import COLUMNS, HistoryRow
@@ -153,6 +154,20 @@ class Store:
         if after is not None:
             wanted = wanted.where(saga_instance.c.id < after)
         return [_instance(row) for row in await self._read(wanted)]
+
+    async def page(self, query: Query, *, after: UUID, limit: int) -> Sequence[Instance]:
+        """Return the instances that are meant and that follow `after`, oldest first, `limit` at most."""
+        wanted = _select().where(query.condition(), saga_instance.c.id > after)
+        return [_instance(row) for row in await self._read(wanted.order_by(saga_instance.c.id).limit(limit))]
+
+    async def due(self, query: Query, *, after: tuple[datetime, UUID] | None = None, limit: int) -> Sequence[Instance]:
+        """Return the instances that are meant and have a deadline, the earliest first, those that follow `after`."""
+        columns = saga_instance.c.due_at, saga_instance.c.id
+        wanted = _select().where(query.condition(), saga_instance.c.due_at.is_not(None))
+        if after is not None:
+            values = (bindparam(None, value, column.type) for value, column in zip(after, columns, strict=True))
+            wanted = wanted.where(tuple_(*columns) > tuple_(*values))
+        return [_instance(row) for row in await self._read(wanted.order_by(*columns).limit(limit))]
 
     async def history(self, saga_id: UUID) -> Sequence[Row[Any]]:
         """Return the transitions of an instance, oldest first."""

@@ -11,7 +11,9 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator import schema
+from coordinator.bulk_acts import Outcome
 from coordinator.instance import Instance, Status, StepState
+from coordinator.timers import Timer
 
 COLOURS = {
     Status.RUNNING: "blue",
@@ -89,6 +91,54 @@ def print_instance(console: Console, instance: Instance, history: Sequence[Row[A
             plain(row.message_id or (f"{row.actor}: {row.why}" if row.actor else "")),
         )
     console.print(table)
+
+
+def print_outcome(console: Console, outcome: Outcome, *, as_json: bool) -> None:
+    """Print what became of one of many sagas, in one line."""
+    before, after = outcome.before, outcome.after
+    if as_json:
+        document = {"id": str(after.id), "saga": after.saga, "key": after.key, "status": after.status.value}
+        refused = None if outcome.refused is None else str(outcome.refused)
+        print_json(console, {**document, "revision": after.revision, "refused": refused})
+        return
+    line = Text.assemble(
+        "refused " if outcome.refused else "done    ", str(after.id), f" {after.saga} ", plain(after.key)
+    )
+    if outcome.refused:
+        line.append(": ").append(plain(str(outcome.refused)))
+    elif before.status is not after.status:
+        line.append_text(Text.assemble(": ", _status(before.status), " -> ", _status(after.status)))
+    console.print(line, soft_wrap=True)
+
+
+def print_sum(console: Console, counts: Mapping[str, int], *, dry_run: bool, as_json: bool) -> None:
+    """Print how many of many sagas were acted on."""
+    if as_json:
+        print_json(console, {**counts, "stopped": bool(counts["stopped"]), "dry_run": dry_run})
+        return
+    done = "would be done, nothing was changed" if dry_run else "done"
+    stopped = "; stopped before the end: run it again to go on" if counts["stopped"] else ""
+    console.print(f"{counts['done']} {done}; {counts['refused']} refused{stopped}", highlight=False)
+
+
+def print_timers(console: Console, found: Sequence[Timer], *, as_json: bool) -> None:
+    """Print what is due, one timer a line."""
+    if as_json:
+        print_json(console, {"timers": [_timer(each) for each in found]})
+        return
+    table = Table(
+        "due (UTC)", "what", "step", "saga", Column("key", overflow="fold"), Column("id", no_wrap=True, min_width=36)
+    )
+    for each in found:
+        key, of = plain(each.saga.key), f"{each.saga.saga} v{each.saga.version}"
+        table.add_row(f"{each.due_at:%Y-%m-%d %H:%M:%S}", each.what, each.step or "", of, key, str(each.saga.id))
+    console.print(table)
+
+
+def _timer(timer: Timer) -> dict[str, Any]:
+    saga = timer.saga
+    about = {"id": str(saga.id), "saga": saga.saga, "key": saga.key, "revision": saga.revision}
+    return {**about, "step": timer.step, "what": timer.what, "due_at": timer.due_at.isoformat()}
 
 
 async def print_revision(console: Console, engine: AsyncEngine, *, as_json: bool) -> None:

@@ -126,8 +126,11 @@ def _go_back(draft: Draft, node: Node) -> bool:
     """Undo what can be undone of `node`; say whether there is nothing more to do, or to wait for."""
     match node:
         case Sequence(parts, side_by_side=False):
-            busy = [part for part in parts if _is_busy(draft, part)]  # a late success waits for its turn
-            return all(_go_back(draft, part) for part in busy or reversed(parts)) and not busy
+            for part in parts:
+                if _is_busy(draft, part):  # a late success waits for its turn
+                    _go_back(draft, part)
+            busy = any(_is_busy(draft, part) for part in parts)
+            return not busy and all(_go_back(draft, part) for part in reversed(parts))
         case Sequence(parts) | Parallel(parts):
             done = [_go_back(draft, part) for part in reversed(parts)]
             return all(done)

@@ -646,7 +646,7 @@ async def test_the_history_keeps_what_was_decided_on(world: World) -> None:
     await coordinator.engine.fire_timers()
     assert (await world.instance()).status == "compensating"
     until_then = coordinator.store.clock.now() + timedelta(days=1)
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="a holiday", step="hotel", until=until_then, revision=2)
     full = FlightFull(trip="é 😀", reason="full")
     await coordinator.take(reply(instance.id, "hotel", full, Result.FAILED, Direction.UNDO))
@@ -667,7 +667,7 @@ async def test_the_history_keeps_what_was_decided_on(world: World) -> None:
 
 async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: World) -> None:
     coordinator = await world.coordinator(Stubborn)
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     await coordinator.take(wanted())
     instance = await operator.act("t-1", Verb.CANCEL, by="ada", why="the customer called")
     assert instance.status == "compensating"
@@ -688,7 +688,7 @@ async def test_an_operator_steps_in_and_the_history_says_who_and_why(world: Worl
 
 async def test_an_operator_says_how_a_step_ended_and_the_saga_goes_on_from_there(world: World) -> None:
     coordinator = await world.coordinator()
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     await coordinator.take(wanted())
     await coordinator.take(reply((await world.instance()).id, "hotel"))
     about: dict[str, Any] = {"by": "ada", "why": "the airline says so", "step": "flight"}
@@ -704,7 +704,7 @@ async def test_an_operator_says_how_a_step_ended_and_the_saga_goes_on_from_there
 
 async def test_a_cancel_that_races_the_last_reply_comes_first_or_is_refused(world: World) -> None:
     coordinator = await world.coordinator(NewTrip)
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     for trip in map(str, range(10)):
         await coordinator.take(wanted(trip))
         last = coordinator.take(reply((await world.instance(trip)).id, "hotel"))
@@ -720,7 +720,7 @@ async def test_a_cancel_that_races_the_last_reply_comes_first_or_is_refused(worl
 
 async def test_the_deadline_of_a_saga_is_moved_for_good(world: World) -> None:
     coordinator = await world.coordinator(Stubborn)
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     await coordinator.take(wanted())
     until = coordinator.store.clock.now() + timedelta(seconds=5)
     moved = await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="it is urgent", until=until)
@@ -732,7 +732,7 @@ async def test_the_deadline_of_a_saga_is_moved_for_good(world: World) -> None:
 
 async def test_of_two_operators_at_once_the_second_is_told_to_look_again(world: World) -> None:
     coordinator = await world.coordinator(Stubborn)
-    operator = Operator(coordinator.engine, coordinator.store)
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
     await coordinator.take(wanted())
     seen = (await world.instance()).revision
     results = await asyncio.gather(

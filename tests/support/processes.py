@@ -47,6 +47,12 @@ class Process:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(seconds)
 
+    def interrupt(self, seconds: float = 30) -> int:
+        """Press Ctrl-C; return its exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(seconds)
+
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
