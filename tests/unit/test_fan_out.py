@@ -207,7 +207,7 @@ def test_items_that_are_none_turn_the_saga_back(items: Any, said: str) -> None:
 
 def test_what_each_cannot_take_is_refused_where_it_is_written() -> None:
     @step(pivot=True)
-    def point(self: Any, item: str) -> Pick:
+    def point(_: Any, item: str) -> Pick:
         return Pick(order=item)
 
     for arguments, said in (
