@@ -29,7 +29,7 @@ from handlers.broker_letters import BrokerLetters
 from handlers.replay import DISCARDED, REPLAYED, DeadLetters, Letter, Planned, Query, with_data
 from handlers.retries import _COUNT_DUE
 from handlers.tables import retry
-from tests.integration.test_engine import World, wanted
+from tests.support.engines import World, wanted
 from tests.support.flows import (
     ChargeCard,
     Charged,

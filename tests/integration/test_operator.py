@@ -14,7 +14,8 @@ from coordinator.bulk_acts import BulkAct, Outcome
 from coordinator.operator import Operator
 from coordinator.timers import find_timers
 from events.errors import ConfigurationError
-from tests.integration.test_engine import Coordinator, Odd, Stubborn, World, reply, wanted
+from tests.integration.test_engine import Odd, Stubborn
+from tests.support.engines import Coordinator, World, reply, wanted
 from tests.support.flows import open_store
 
 TRIPS = Query(saga="stubborn")

@@ -1,0 +1,497 @@
+"""Waits, fan-outs and children in the store: on both databases, and side by side on PostgreSQL."""
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Self
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Table, func, select
+
+from coordinator.definition import Saga
+from coordinator.facts import child_id
+from coordinator.flow import each, sequence
+from coordinator.instance import Instance, Status, StepStatus
+from coordinator.steps import compensated, completed, starts_on, step
+from coordinator.store import Store
+from coordinator.tables import parked_event, saga_item, saga_wait
+from coordinator.waits import awaits, delay
+from events.database import transaction
+from events.derive import derive_id
+from events.envelope import Direction, Envelope, Result, SagaLink, wrap
+from events.message import Command, Event, Message, Refused, Reply, Succeeded
+from tests.support.engines import Coordinator, World, actions, envelope_of, open_world
+from tests.support.flows import START, count_rows, until
+
+DO, UNDO = Direction.DO, Direction.UNDO
+
+
+class Ordered(Event):
+    order: str
+    parcels: int = 0
+
+
+class Paid(Event):
+    order: str
+    payment: str
+
+
+class Audited(Event):
+    payment: str
+
+
+class Reserve(Command):
+    order: str
+
+
+class Release(Command):
+    order: str
+
+
+class ShipParcel(Command):
+    parcel: int
+
+
+class CallBack(Command):
+    parcel: int
+
+
+class Labelled(Reply):
+    label: str
+
+
+class Waiting(Saga):
+    """Waits for a payment, found by its key, and for the audit of it, found by something else."""
+
+    order: str
+    payment: str = ""
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order)
+
+    @step
+    def reserve(self) -> Reserve:
+        return Reserve(order=self.order)
+
+    @reserve.compensation
+    def release(self) -> Release:
+        return Release(order=self.order)
+
+    @awaits(Paid, by="order", timeout=3600)
+    def paid(self, event: Paid) -> None:
+        self.payment = event.payment
+
+    @awaits(Audited, by="payment", keep=100)
+    def audited(self, event: Audited) -> None: ...
+
+    @delay
+    def rest(self) -> int:
+        return 50
+
+    flow = sequence(reserve, paid, audited, rest)
+
+
+class Strict(Saga):
+    """What comes early is a dead letter here, or nothing."""
+
+    order: str
+    payment: str = "p-1"
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order)
+
+    @awaits(Paid, by="order", early="dead_letter")
+    def paid(self, event: Paid) -> None: ...
+
+    @awaits(Audited, by="payment", early="ignore")
+    def audited(self, event: Audited) -> None: ...
+
+    flow = sequence(paid, audited)
+
+
+class Delivery(Saga):
+    """Many parcels, three at a time."""
+
+    order: str
+    parcels: int
+    labels: int = 0
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order, parcels=event.parcels)
+
+    def numbers(self) -> list[int]:
+        return list(range(self.parcels))
+
+    @step(timeout=60)
+    def ship(self, item: int) -> ShipParcel:
+        return ShipParcel(parcel=item)
+
+    @ship.succeeded
+    def labelled(self, item: int, outcome: Labelled) -> None:
+        self.labels += 1 if outcome.label and item >= 0 else 0
+
+    @ship.compensation
+    def call_back(self, item: int) -> CallBack:
+        return CallBack(parcel=item)
+
+    flow = sequence(each(numbers, ship, limit=3))
+
+
+class Pack(Command):
+    order: str
+
+
+class Unpack(Command):
+    order: str
+
+
+class Packed(Event):
+    order: str
+
+
+class Packing(Saga):
+    """A child."""
+
+    order: str
+
+    @starts_on(Pack, undone_by=Unpack)
+    @classmethod
+    def asked(cls, command: Pack) -> Self:
+        return cls(order=command.order)
+
+    @step
+    def reserve(self) -> Reserve:
+        return Reserve(order=self.order)
+
+    @reserve.compensation
+    def release(self) -> Release:
+        return Release(order=self.order)
+
+    flow = sequence(reserve)
+
+    @completed
+    def packed(self) -> Packed:
+        return Packed(order=self.order)
+
+    @compensated
+    def unpacked(self, reason: str) -> None:
+        assert reason
+
+
+class Parent(Saga):
+    """Has a child."""
+
+    order: str
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order)
+
+    @step(timeout=600)
+    def pack(self) -> Pack:
+        return Pack(order=self.order)
+
+    @pack.compensation
+    def unpack(self) -> Unpack:
+        return Unpack(order=self.order)
+
+    @step(timeout=600)
+    def reserve(self) -> Reserve:
+        return Reserve(order="parent")
+
+    flow = sequence(pack, reserve)
+
+
+@pytest.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    async with open_world(database_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def shared(pg_url: str) -> AsyncIterator[World]:
+    async with open_world(pg_url) as opened:
+        yield opened
+
+
+def answer(command: Envelope, outcome: Message | None = None, result: Result = Result.SUCCEEDED) -> Envelope:
+    """The reply to a command."""
+    link = command.saga
+    assert link is not None
+    return envelope_of(outcome or Succeeded(), SagaLink(link.saga_id, link.step, link.direction, link.attempt, result))
+
+
+async def rows(world: World, table: Table) -> int:
+    return await count_rows(world.engine, table)
+
+
+# Waits
+
+
+async def begin(world: World, coordinator: Coordinator, order: str = "o-1") -> None:
+    await coordinator.take(envelope_of(Ordered(order=order)))
+    [reserve] = [each for each in await world.sent("reserve") if b'"' + order.encode() + b'"' in each.data]
+    await coordinator.take(answer(reserve))
+
+
+async def test_an_event_moves_the_saga_that_waits_for_it_and_no_other(world: World) -> None:
+    coordinator = await world.coordinator(Waiting)
+    await begin(world, coordinator)
+    await begin(world, coordinator, "o-2")
+    assert await rows(world, saga_wait) == 2
+    await coordinator.take(envelope_of(Paid(order="o-2", payment="p-2")))
+    assert (await world.instance("o-2")).steps["paid"].status is StepStatus.SUCCEEDED
+    assert (await world.instance("o-1")).steps["paid"].status is StepStatus.WAITING
+    await coordinator.take(envelope_of(Audited(payment="p-2")))
+    world.clock.advance(50)
+    await coordinator.engine.fire_timers()
+    assert (await world.instance("o-2")).status is Status.COMPLETED
+    assert await world.history("o-2") == ["started", "reply", "event", "event", "deadline"]
+    assert await rows(world, saga_wait) == 1
+
+
+async def test_an_early_event_waits_for_its_saga_and_is_handed_over_once(world: World) -> None:
+    coordinator = await world.coordinator(Waiting)
+    early = envelope_of(Paid(order="o-1", payment="p-1"))
+    await coordinator.take(envelope_of(Audited(payment="p-1")), early)
+    await coordinator.take(early)  # a duplicate
+    assert await rows(world, parked_event) == 2
+    await begin(world, coordinator)
+
+    async def both_are_handed_over() -> bool:
+        return await rows(world, parked_event) == 0
+
+    await until(both_are_handed_over)
+    at = (await world.instance("o-1")).steps
+    assert (at["paid"].status, at["rest"].status) == (StepStatus.SUCCEEDED, StepStatus.WAITING)
+    assert await rows(world, saga_wait) == 0
+
+
+async def test_an_early_event_that_nobody_waits_for_in_time_is_dropped_with_a_word(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator(Waiting)
+    await coordinator.take(envelope_of(Audited(payment="p-9")))
+    world.clock.advance(101)
+
+    async def is_gone() -> bool:
+        return await rows(world, parked_event) == 0
+
+    await until(is_gone)
+    assert "engine.parked_expired" in actions(caplog)
+
+
+async def test_an_event_for_a_saga_that_is_past_it_is_noted_there(world: World) -> None:
+    coordinator = await world.coordinator(Waiting)
+    await begin(world, coordinator)
+    await coordinator.take(envelope_of(Paid(order="o-1", payment="p-1")))
+    await coordinator.take(envelope_of(Paid(order="o-1", payment="p-1 again")))
+    assert await world.history("o-1") == ["started", "reply", "event", "late_event"]
+    assert (await world.instance("o-1")).state["payment"] == "p-1"
+    assert await rows(world, parked_event) == 0
+
+
+async def test_early_events_can_be_dead_letters_or_ignored(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    coordinator = await world.coordinator(Strict)
+    await coordinator.take(envelope_of(Paid(order="o-1", payment="p")), envelope_of(Audited(payment="p-1")))
+    assert set((await world.dead()).values()) == {"early"}
+    assert "saga.early_event" in actions(caplog)
+    assert await rows(world, parked_event) == 0
+
+
+async def test_a_wait_that_is_called_off_waits_no_more(world: World) -> None:
+    coordinator = await world.coordinator(Waiting)
+    await begin(world, coordinator)
+    world.clock.advance(3600)
+    await coordinator.engine.fire_timers()
+    assert await rows(world, saga_wait) == 0
+    [release] = await world.sent("release")
+    await coordinator.take(answer(release))
+    assert (await world.instance("o-1")).status is Status.COMPENSATED
+
+
+async def test_an_event_and_a_wait_that_miss_each_other_are_brought_together(shared: World) -> None:
+    """One process parks the event while another one, which has not seen it, begins to wait."""
+    one, two = await shared.coordinator(Waiting), await shared.coordinator(Waiting, apart=True)
+    await one.take(envelope_of(Ordered(order="o-1")))
+    [reserve] = await shared.sent("reserve")
+    one.give(answer(reserve))
+    two.give(envelope_of(Paid(order="o-1", payment="p-1")))
+    await one.settled()
+    await two.settled()
+
+    async def is_handed_over() -> bool:
+        return (await shared.instance("o-1")).steps["paid"].status is StepStatus.SUCCEEDED
+
+    await until(is_handed_over)
+    assert await rows(shared, parked_event) == 0
+
+
+# Fan-outs
+
+
+async def ship_all(world: World, coordinator: Coordinator, *, declined: int | None = None) -> None:
+    """Answer all that is asked for until nothing more is."""
+    answered: set[str] = set()
+
+    async def is_over() -> bool:
+        sent = [each for each in await world.sent() if each.type in ("ship.parcel", "call.back")]
+        fresh = [each for each in sent if each.id not in answered]
+        answered.update(each.id for each in fresh)
+        for command in fresh:
+            number = int(command.data.decode().rpartition(":")[2].rstrip("}"))
+            if command.type == "ship.parcel" and number == declined:
+                coordinator.give(answer(command, Refused(reason="no"), Result.DECLINED))
+            else:
+                coordinator.give(answer(command, Labelled(label="l") if command.type == "ship.parcel" else None))
+        await coordinator.settled()
+        return not (await world.instance("o-1")).status.in_flight
+
+    await until(is_over)
+
+
+async def test_items_are_rows_and_all_of_them_are_taken_once(world: World) -> None:
+    coordinator = await world.coordinator(Delivery)
+    await coordinator.take(envelope_of(Ordered(order="o-1", parcels=20)))
+    assert await rows(world, saga_item) == 20
+    assert len(await world.sent("ship.parcel")) == 3
+    assert list((await world.instance("o-1")).steps) == ["ship"]
+    await ship_all(world, coordinator)
+    instance = await world.instance("o-1")
+    assert (instance.status, instance.state["labels"]) == (Status.COMPLETED, 20)
+    assert len({each.data for each in await world.sent("ship.parcel")}) == len(await world.sent("ship.parcel")) == 20
+    async with transaction(world.engine) as connection:
+        counted = await connection.execute(select(saga_item.c.status, func.count()).group_by(saga_item.c.status))
+        assert {row[0]: row[1] for row in counted} == {"succeeded": 20}
+
+
+async def test_one_item_that_fails_has_all_others_undone(world: World) -> None:
+    coordinator = await world.coordinator(Delivery)
+    await coordinator.take(envelope_of(Ordered(order="o-1", parcels=300)))
+    await ship_all(world, coordinator, declined=250)
+    instance = await world.instance("o-1")
+    assert instance.status is Status.COMPENSATED
+    shipped = {each.data for each in await world.sent("ship.parcel")} - {b'{"parcel":250}'}
+    assert {each.data for each in await world.sent("call.back")} == shipped
+    assert len(await world.sent("call.back")) == len(shipped)
+
+
+async def test_the_deadline_of_an_item_passes_for_it_alone(world: World) -> None:
+    coordinator = await world.coordinator(Delivery)
+    await coordinator.take(envelope_of(Ordered(order="o-1", parcels=2)))
+    first = (await world.sent("ship.parcel"))[0]
+    await coordinator.take(answer(first, Labelled(label="l")))
+    world.clock.advance(60)
+    await coordinator.engine.fire_timers()
+    assert (await world.instance("o-1")).reason == "ship[1] gave no answer in time"
+    await ship_all(world, coordinator)
+    assert (await world.instance("o-1")).status is Status.COMPENSATED
+
+
+async def test_i10_two_coordinators_share_the_answers_to_one_fan_out(shared: World) -> None:
+    one, two = await shared.coordinator(Delivery), await shared.coordinator(Delivery, apart=True)
+    await one.take(envelope_of(Ordered(order="o-1", parcels=30)))
+    answered: set[str] = set()
+
+    async def is_over() -> bool:
+        fresh = [each for each in await shared.sent("ship.parcel") if each.id not in answered]
+        answered.update(each.id for each in fresh)
+        for number, command in enumerate(fresh):
+            (one if number % 2 else two).give(answer(command, Labelled(label="l")))
+        await one.settled()
+        await two.settled()
+        return (await shared.instance("o-1")).status is Status.COMPLETED
+
+    await until(is_over)
+    assert (await shared.instance("o-1")).state["labels"] == 30
+    assert len(await shared.sent("ship.parcel")) == 30
+    await shared.history("o-1")
+
+
+# Children
+
+
+async def found(world: World, key: str = "o-1") -> dict[str, Instance]:
+    """The instances with this business key, by saga."""
+    return {each.saga: each for each in await Store(world.engine, world.clock).find(key)}
+
+
+async def test_a_child_runs_on_its_own_and_its_end_is_the_answer(world: World) -> None:
+    coordinator = await world.coordinator(Parent, Packing)
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+    [pack] = await world.sent("pack")
+    await coordinator.take(pack, pack)
+    [reserve] = await world.sent("reserve")
+    await coordinator.take(answer(reserve))
+    [packed] = [each for each in await world.sent("packed") if each.saga is not None]
+    assert packed.saga is not None
+    assert (packed.saga.step, packed.saga.result) == ("pack", Result.SUCCEEDED)
+    assert len([each for each in await world.sent("packed") if each.saga is None]) == 1
+    await coordinator.take(packed)
+    parent = (await found(world))["parent"]
+    assert parent.steps["pack"].status is StepStatus.SUCCEEDED
+    await coordinator.take(pack)  # once more, after its end: it is told again
+    assert len({each.id for each in await world.sent("packed") if each.saga is not None}) == 1
+
+
+async def test_a_parent_that_turns_back_has_its_child_undone(world: World) -> None:
+    coordinator = await world.coordinator(Parent, Packing)
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+    [pack] = await world.sent("pack")
+    await coordinator.take(pack)
+    [reserve] = await world.sent("reserve")
+    await coordinator.take(answer(reserve))
+    [packed] = [each for each in await world.sent("packed") if each.saga is not None]
+    await coordinator.take(packed)
+    [theirs] = [each for each in await world.sent("reserve") if b"parent" in each.data]
+    await coordinator.take(answer(theirs, Refused(reason="none left"), Result.DECLINED))
+    [unpack] = await world.sent("unpack")
+    await coordinator.take(unpack)
+    [release] = await world.sent("release")
+    await coordinator.take(answer(release))
+    undone = [each for each in await world.sent("succeeded") if each.saga is not None]
+    assert [each.saga.direction for each in undone if each.saga] == [UNDO]
+    await coordinator.take(*undone)
+    assert {each.status for each in (await found(world)).values()} == {Status.COMPENSATED}
+
+
+async def test_a_child_that_is_undone_before_it_begins_never_does(world: World) -> None:
+    coordinator = await world.coordinator(Parent, Packing)
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+    [pack] = await world.sent("pack")
+    world.clock.advance(600)
+    await coordinator.engine.fire_timers()
+    [unpack] = await world.sent("unpack")
+    await coordinator.take(unpack)
+    await coordinator.take(pack)
+    assert list(await found(world)) == ["parent"]
+    [undone] = await world.sent("succeeded")
+    await coordinator.take(undone)
+    assert (await found(world))["parent"].status is Status.COMPENSATED
+
+
+async def test_a_child_whose_key_is_taken_fails_its_parents_step(world: World) -> None:
+    coordinator = await world.coordinator(Parent, Packing)
+    for parent in (1, 2):
+        link = SagaLink(UUID(int=parent << 80), "pack", DO, 1)
+        command = wrap(
+            Pack(order="o-1"),
+            id=str(derive_id(link.saga_id, "pack", "do", 1)),
+            source="/tests",
+            time=START,
+            saga=link,
+            reply_to="coordinator",
+        )
+        await coordinator.take(command)
+    assert (await found(world))["packing"].id == child_id(UUID(int=1 << 80), "pack")
+    [failed] = await world.sent("failed")
+    assert failed.saga is not None
+    assert (failed.saga.saga_id, failed.saga.result) == (UUID(int=2 << 80), Result.FAILED)
