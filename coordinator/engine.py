@@ -228,7 +228,7 @@ class Engine:
             hand_over()
             batch.log()
             now = self._store.clock.now()
-            if any(each.due_at is not None and each.due_at <= now for each in (*batch.fresh, *batch.changed)):
+            if any(each.wants_more_by(now) for each in (*batch.fresh, *batch.changed)):
                 self._due_now.set()
             if batch.begun or batch.parked:
                 self._may_match.set()
@@ -296,7 +296,7 @@ class Engine:
             await self._clock.sleep(self._timer_every)
 
     async def _run_what_is_due_now(self) -> None:
-        """Fan-outs that want their next items, and delays of nothing, do not wait for the next look."""
+        """Fan-outs that want their next items do not wait for the next look at the deadlines."""
         while True:
             await self._due_now.wait()
             self._due_now.clear()

@@ -241,3 +241,9 @@ class Instance:
     head: bytes = b""
     turned_back: bool = False
     origin: Origin | None = None
+
+    def wants_more_by(self, now: datetime) -> bool:
+        """Say whether a step for several items asks for its next ones."""
+        if self.due_at is None or self.due_at > now:
+            return False
+        return any(at.fan is not None and at.due_at is not None for at in self.steps.values())
