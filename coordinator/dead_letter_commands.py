@@ -230,8 +230,8 @@ def _consumers(app: App) -> Consumers:
     """Return who takes letters in an application, and what each can read."""
     found = {handler.name: Registry([handler.message]) for handler in app.handlers}
     found[BUS] = app.registry
-    if app.sagas:
-        found[COORDINATOR] = Sagas(saga.definition for saga in app.sagas).registry
+    if app.definitions:
+        found[COORDINATOR] = Sagas(app.definitions).registry
     return found
 
 
