@@ -14,9 +14,9 @@ from rich.console import Console
 from coordinator import dead_letter_views as views
 from coordinator import process
 from coordinator.app import App
-from coordinator.batch import Sagas
 from coordinator.loading import load_app
 from coordinator.node import open_reading, open_schema
+from coordinator.sagas import Sagas
 from coordinator.settings import load_settings
 from events.clock import SystemClock
 from events.dead_letters import BUS, COORDINATOR, DEAD

@@ -9,6 +9,7 @@ from sqlalchemy import delete, func, not_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from events.bulk import Bulk
+from events.dead_letters import COORDINATOR
 from events.envelope import Envelope
 from events.errors import ConfigurationError
 from events.ids import Ids
@@ -86,7 +87,7 @@ async def call_back(
     marks = [
         (envelope.key, consumer, None, None, None, now)
         for letter, envelope in found
-        if letter.id in stopped and envelope is not None
+        if letter.id in stopped and envelope is not None and letter.consumer != COORDINATOR
         for consumer in (letter.consumer, *([OF_SAGAS] if envelope.saga else []))
     ]
     await _handled.insert(connection, marks, unless=("message_key", "consumer"))

@@ -223,7 +223,7 @@ class DeadLetters(Letters):
                 if names[0] in waiting:
                     page.append(replace(each, refused=_WAITS))
                     continue
-                if since and not letter.was_given_up_by_broker:
+                if since and letter.consumer != COORDINATOR and not letter.was_given_up_by_broker:
                     page.append(replace(each, refused=_HANDLED))
                     continue
                 waiting.add(names[0])
@@ -303,7 +303,8 @@ class DeadLetters(Letters):
         """Let messages be tried that are recorded as handled, since they were given up on."""
         keys: dict[str, list[UUID]] = {}
         for planned in replayed:
-            if planned.envelope is not None and not planned.letter.was_given_up_by_broker:
+            letter = planned.letter
+            if planned.envelope is not None and letter.consumer != COORDINATOR and not letter.was_given_up_by_broker:
                 keys.setdefault(planned.letter.consumer, []).append(planned.envelope.key)
         for consumer, failed in keys.items():
             own = inbox.c.consumer.in_((consumer, OF_SAGAS))
