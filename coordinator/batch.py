@@ -29,6 +29,7 @@ from coordinator.facts import Facts, child_id
 from coordinator.instance import Instance, Origin, Status, StepStatus
 from coordinator.outgoing import Outgoing
 from coordinator.sagas import CONSUMER, SagaKey, Sagas, UnknownSagaError, holding
+from coordinator.transfer import transfer
 from coordinator.waiting import Begun, Correlation, Parked, correlations
 from coordinator.waits import Early
 from events import tracing
@@ -151,6 +152,19 @@ class Batch:
         except Exception as error:  # noqa: BLE001  # a state that its class cannot read, say
             return NotPossibleError(f"the saga cannot be decided on: {error!r}")
         return self.current[saga]
+
+    def transfer(self, instance: Instance, to: SagaDefinition, *, by: str, why: str) -> None:
+        """Take a loaded instance over into another version of its saga.
+
+        Raises:
+            UnknownSagaError: its own version is not part of this application.
+            NotTransferableError: it must stay.
+        """
+        old, parent = self._sagas.of(instance), tracing.context_of(instance.traceparent)
+        with tracing.span(f"saga {instance.saga}: migrated to version {to.version}", parent=parent) as span:
+            decision = transfer(old, to, instance, by=by, why=why, now=self._ports.now())
+            messages = self._outgoing(None, tracing.traceparent_of(span)).of(decision)
+        self._keep(decision, messages, None)
 
     def stop(self, instance: Instance, reason: str) -> None:
         """Leave an instance to a person: nothing that it wants to do can be done."""
