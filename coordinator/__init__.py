@@ -8,7 +8,7 @@ from coordinator.instance import Status
 from coordinator.operator import open_operator
 from coordinator.search import Query
 from coordinator.settings import Settings
-from coordinator.steps import Backoff, compensated, completed, starts_on, step
+from coordinator.steps import Backoff, compensated, completed, migrates, starts_on, step
 
 __all__ = [
     "App",
@@ -21,6 +21,7 @@ __all__ = [
     "Verb",
     "compensated",
     "completed",
+    "migrates",
     "open_operator",
     "parallel",
     "sequence",

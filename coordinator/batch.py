@@ -29,11 +29,12 @@ from coordinator.facts import Facts, child_id
 from coordinator.instance import Instance, Origin, Status, StepStatus
 from coordinator.outgoing import Outgoing
 from coordinator.sagas import CONSUMER, SagaKey, Sagas, UnknownSagaError, holding
+from coordinator.transfer import transfer
 from coordinator.waiting import Begun, Correlation, Parked, correlations
 from coordinator.waits import Early
 from events import tracing
 from events.codec import Readable
-from events.dead_letters import DeadLetter
+from events.dead_letters import DeadLetter, error_type_of, stack_of
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink
 from events.errors import CoordinatorError, InvalidMessageError, RejectedError
@@ -152,6 +153,19 @@ class Batch:
             return NotPossibleError(f"the saga cannot be decided on: {error!r}")
         return self.current[saga]
 
+    def transfer(self, instance: Instance, to: SagaDefinition, *, by: str, why: str) -> None:
+        """Take a loaded instance over into another version of its saga.
+
+        Raises:
+            UnknownSagaError: its own version is not part of this application.
+            NotTransferableError: it must stay.
+        """
+        old, parent = self._sagas.of(instance), tracing.context_of(instance.traceparent)
+        with tracing.span(f"saga {instance.saga}: migrated to version {to.version}", parent=parent) as span:
+            decision = transfer(old, to, instance, by=by, why=why, now=self._ports.now())
+            messages = self._outgoing(None, tracing.traceparent_of(span)).of(decision)
+        self._keep(decision, messages, None)
+
     def stop(self, instance: Instance, reason: str) -> None:
         """Leave an instance to a person: nothing that it wants to do can be done."""
         decision = give_up(instance, reason, self._ports.now())
@@ -161,10 +175,9 @@ class Batch:
     def reject(self, item: Item, error: Exception) -> None:
         """Keep a message that cannot be taken, with the reason."""
         reason = error.code if isinstance(error, CoordinatorError) else "failed"
-        detail = str(error) if isinstance(error, CoordinatorError) else repr(error)
-        row = row_of(item)
-        reopens = row.dead_letter_id if row else None
-        self.letters.append(DeadLetter(item, CONSUMER, reason, detail, reopens=reopens))
+        raised = not isinstance(error, CoordinatorError)  # by a saga's own code
+        detail, error_type = (stack_of(error), error_type_of(error)) if raised else (str(error), None)
+        self._bury(item, reason, detail, error_type)
         self._notes.append(lambda: _warn(reason, error))
 
     def _hold(self, item: Item, part: Readable, key: SagaKey) -> None:
@@ -176,6 +189,11 @@ class Batch:
         if key not in self._sagas.missing:
             self._sagas.missing.add(key)
             self._notes.append(lambda: _note_missing(key))
+
+    def _bury(self, item: Item, reason: str, detail: str, error_type: str | None = None) -> None:
+        row = row_of(item)
+        reopens = row.dead_letter_id if row else None
+        self.letters.append(DeadLetter(item, CONSUMER, reason, detail, error_type=error_type, reopens=reopens))
 
     def drop(self, duplicates: Iterable[UUID]) -> None:
         """Forget new instances whose business key turns out to be taken, with all that they caused."""
@@ -258,7 +276,7 @@ class Batch:
                 self._park(envelope, correlation)
             case Early.DEAD_LETTER:
                 detail = f"no {correlation.saga} waits for it"
-                self.letters.append(DeadLetter(item, CONSUMER, "early", detail))
+                self._bury(item, "early", detail)
             case Early.IGNORE:
                 what = ("%s %s is ignored: no %s waits for it", envelope.type, envelope.id, correlation.saga)
                 self._note(*what, action="saga.early_event")

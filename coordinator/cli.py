@@ -245,6 +245,7 @@ def chart_saga(
 saga_commands.add_to(sagas)
 sagas.command("versions")(version_commands.list_versions)
 sagas.command("forget-version")(version_commands.forget_version)
+sagas.command("migrate")(version_commands.migrate_sagas)
 
 
 @database.command("upgrade")

@@ -1,9 +1,9 @@
-"""`coordinator dead-letters`: what was given up on is looked at, replayed, edited, discarded."""
+"""`coordinator dead-letters`: what was given up on is looked at, replayed, edited, discarded, deleted."""
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -13,13 +13,19 @@ from rich.console import Console
 
 from coordinator import dead_letter_views as views
 from coordinator import process
+from coordinator.app import App
+from coordinator.loading import load_app
 from coordinator.node import open_reading, open_schema
+from coordinator.sagas import Sagas
 from coordinator.settings import load_settings
 from events.clock import SystemClock
-from events.dead_letters import DEAD
+from events.dead_letters import BUS, COORDINATOR, DEAD
 from events.errors import ConfigurationError
 from events.ids import TimeOrderedIds
-from handlers.replay import DeadLetters, Query, with_data
+from events.registry import Registry
+from handlers.letter_edits import Consumers
+from handlers.letters import Letter, Query
+from handlers.replay import DeadLetters
 
 dead_letters = typer.Typer(help="Look at what was given up on, and replay it.", no_args_is_help=True)
 
@@ -36,6 +42,8 @@ Since = Annotated[datetime | None, typer.Option(help="that died at this time (UT
 Until = Annotated[datetime | None, typer.Option(help="that died before this time (UTC)")]
 All = Annotated[bool, typer.Option("--all", help="all letters that are dead")]
 By = Annotated[str | None, typer.Option(help="who does it; by default the user's login")]
+Why = Annotated[str, typer.Option(help="why, for the record")]
+AppOption = Annotated[str | None, typer.Option("--app", metavar="APP", help="the application, as module:attribute")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
 
@@ -69,11 +77,17 @@ def list_letters(
 
 
 @dead_letters.command("show")
-def show_letter(letter: Id, as_json: AsJson = False) -> None:
-    """Show all of a letter: body, headers, the error's stack, and what was done with it."""
+def show_letter(
+    letter: Id,
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="also what looks like a password, a token and so on")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show all of a letter: body, headers, the error's stack, and who has done what with it."""
 
     async def work(letters: DeadLetters) -> None:
-        views.print_letter(out, await letters.get(letter), as_json=as_json)
+        await _print_letter(letters, await letters.get(letter), reveal=reveal, as_json=as_json)
 
     _with_letters(work)
 
@@ -91,35 +105,43 @@ def replay_letters(
     everything: All = False,
     rate: Annotated[float | None, typer.Option(min=0.001, help="letters a second; by default all at once")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, and do nothing")] = False,
-    why: Annotated[str, typer.Option(help="why, for the record")] = "",
+    why: Why = "",
     by: By = None,
+    app: AppOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give letters to the handler that failed, once more. Those of one saga go in their order."""
+    """Give letters to the handler that failed, once more. Those of one saga go in their order.
+
+    The exit code is 1 if one is not replayed.
+    """
     query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
     _refuse_vague(query, ids, everything=everything)
+    who = by or process.login()
+    printer = views.PlanPrinter(out, dry_run=dry_run, as_json=as_json)
 
     async def work(letters: DeadLetters) -> None:
         wanted = await _named(letters, query, ids)
-        if dry_run:
-            done = [planned async for planned in letters.plan(wanted, rate=rate)]
-        else:
-            done = [planned async for planned in letters.replay(wanted, rate=rate, by=by or process.login(), why=why)]
-        views.print_plan(out, done, dry_run=dry_run, as_json=as_json)
+        planned = letters.plan(wanted, rate=rate) if dry_run else letters.replay(wanted, rate=rate, by=who, why=why)
+        async for each in planned:
+            printer.add(each)
+        printer.end()
 
-    _with_letters(work, writing=not dry_run)
+    _with_letters(work, writing=not dry_run, app=app)
+    if printer.refused and not dry_run:
+        sys.exit(1)
 
 
 @dead_letters.command("edit")
 def edit_letter(
     letter: Id,
+    why: Why,
+    app: Annotated[str, typer.Option(metavar="APP", help="the application whose handler is to take it")],
     data: Annotated[
         Path | None, typer.Option(help="a file with the new `data`, a JSON object; - for standard input")
     ] = None,
     event: Annotated[
         Path | None, typer.Option(help="a file with the whole event instead, for a letter that cannot be read")
     ] = None,
-    why: Annotated[str, typer.Option(help="why, for the record")] = "",
     by: By = None,
 ) -> None:
     """Give a letter other data. It is then replayed with these; the original is kept."""
@@ -129,19 +151,19 @@ def edit_letter(
     if str(file) != "-" and not file.is_file():
         raise ConfigurationError(f"there is no file {file}")
     given = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    new = {"data" if data else "event": given}
     who = by or process.login()
 
     async def work(letters: DeadLetters) -> None:
-        found = await letters.get(letter)
-        body = with_data(found, given) if data else given
-        views.print_letter(out, await letters.edit(found.id, body, by=who, why=why), as_json=False)
+        edited = await letters.edit(letter, by=who, why=why, **new)
+        await _print_letter(letters, edited, reveal=False, as_json=False)
 
-    _with_letters(work, writing=True)
+    _with_letters(work, writing=True, app=app)
 
 
 @dead_letters.command("discard")
 def discard_letters(
-    why: Annotated[str, typer.Option(help="why, for the record")],
+    why: Why,
     ids: Ids = None,
     handler: OfHandler = None,
     reason: OfReason = None,
@@ -153,16 +175,43 @@ def discard_letters(
     everything: All = False,
     by: By = None,
 ) -> None:
-    """Settle letters without a replay. They stay in the table."""
+    """Settle letters without a replay. They stay in the table.
+
+    One that was replayed and still waits to be tried is called back, if it is named by its id.
+    """
     query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
     _refuse_vague(query, ids, everything=everything)
     who = by or process.login()
 
     async def work(letters: DeadLetters) -> None:
-        count = await letters.discard(await _named(letters, query, ids), by=who, why=why)
+        wanted = await _named(letters, query, ids)
+        count = await letters.discard(wanted, by=who, why=why)
         out.print(f"{count} discarded", highlight=False)
+        if wanted.ids is not None and count < len(wanted.ids):
+            raise ConfigurationError(
+                f"{len(wanted.ids) - count} not discarded: settled already, or being tried; see `dead-letters show ID`"
+            )
 
     _with_letters(work, writing=True)
+
+
+@dead_letters.command("purge")
+def purge_letters(
+    older_than: Annotated[float, typer.Option(metavar="DAYS", min=0, help="days since it was replayed or discarded")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say how many there are, and delete none")] = False,
+) -> None:
+    """Delete letters that were replayed or discarded so long ago. What is dead is kept, and what waits to be tried."""
+
+    async def work(letters: DeadLetters) -> None:
+        count = await letters.purge(timedelta(days=older_than), dry_run=dry_run)
+        out.print(f"{count} {'would be deleted' if dry_run else 'deleted'}", highlight=False)
+
+    _with_letters(work, writing=not dry_run)
+
+
+async def _print_letter(letters: DeadLetters, letter: Letter, *, reveal: bool, as_json: bool) -> None:
+    changes, replay = await letters.changes(letter.id), await letters.replay_of(letter)
+    views.print_letter(out, letter, changes, replay, reveal=reveal, as_json=as_json)
 
 
 def _refuse_vague(query: Query, ids: Sequence[str] | None, *, everything: bool) -> None:
@@ -171,28 +220,37 @@ def _refuse_vague(query: Query, ids: Sequence[str] | None, *, everything: bool) 
 
 
 async def _named(letters: DeadLetters, query: Query, references: Sequence[str] | None) -> Query:
-    """Return `query` for the letters that were named, if any were; all of them must be dead."""
+    """Return `query` for the letters that were named, if any were."""
     if not references:
         return query
-    found = [await letters.get(each) for each in references]
-    for letter in found:
-        if letter.status != DEAD:
-            raise ConfigurationError(f"dead letter {letter.id} is {letter.status}; only what is dead can be settled")
-    return replace(query, ids=[letter.id for letter in found])
+    return replace(query, ids=list(dict.fromkeys([(await letters.get(each)).id for each in references])))
+
+
+def _consumers(app: App) -> Consumers:
+    """Return who takes letters in an application, and what each can read."""
+    found = {handler.name: Registry([handler.message]) for handler in app.handlers}
+    found[BUS] = app.registry
+    if app.definitions:
+        found[COORDINATOR] = Sagas(app.definitions).registry
+    return found
 
 
 def _utc(moment: datetime | None) -> datetime | None:
     return moment.replace(tzinfo=UTC) if moment else None
 
 
-def _with_letters(work: Callable[[DeadLetters], Awaitable[None]], *, writing: bool = False) -> None:
+def _with_letters(
+    work: Callable[[DeadLetters], Awaitable[None]], *, writing: bool = False, app: str | None = None
+) -> None:
     """Let `work` look at the letters, or write: then an SQLite file must not be in use by another process."""
     settings = load_settings()
     process.log_to_stderr("WARNING", settings.log_format)
+    consumers = _consumers(load_app(app)) if app else None
 
     async def working() -> None:
         opened = open_schema if writing else open_reading
         async with opened(settings) as engine:
-            await work(DeadLetters(engine, clock=SystemClock(), ids=TimeOrderedIds(), limits=settings.limits))
+            clock, ids = SystemClock(), TimeOrderedIds()
+            await work(DeadLetters(engine, clock=clock, ids=ids, limits=settings.limits, consumers=consumers))
 
     process.run(working())

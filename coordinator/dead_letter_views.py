@@ -1,7 +1,8 @@
 """What `coordinator dead-letters` prints."""
 
+import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,9 +10,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from coordinator.redaction import redacted, redacted_text
 from coordinator.views import plain, print_json
-from events.dead_letters import DEAD
-from handlers.replay import Group, Letter, Planned
+from handlers.letters import Change, Group, Letter, Replay
+from handlers.replay import Planned
 
 
 def print_letters(console: Console, found: Sequence[Letter], *, as_json: bool) -> None:
@@ -27,7 +29,7 @@ def print_letters(console: Console, found: Sequence[Letter], *, as_json: bool) -
             each.reason,
             str(each.attempts),
             _time(each.dead_at),
-            each.summary,
+            redacted_text(each.summary),
         )
         table.add_row(str(each.id), *(plain(cell) for cell in row))
     console.print(table)
@@ -49,19 +51,36 @@ def print_groups(console: Console, found: Sequence[Group], *, as_json: bool) -> 
     )
     for each in found:
         first, last = _time(each.first_at), _time(each.last_at)
-        row = (each.fingerprint, each.consumer, each.reason, str(each.count), first, last, each.example.summary)
+        row = (
+            each.fingerprint,
+            each.consumer,
+            each.reason,
+            str(each.count),
+            first,
+            last,
+            redacted_text(each.example.summary),
+        )
         table.add_row(*(plain(cell) for cell in row))
     console.print(table)
 
 
-def print_letter(console: Console, letter: Letter, *, as_json: bool) -> None:
-    """Print all of a letter."""
+def print_letter(
+    console: Console,
+    letter: Letter,
+    changes: Sequence[Change],
+    replay: Replay | None,
+    *,
+    reveal: bool,
+    as_json: bool,
+) -> None:
+    """Print all of a letter, what was done with it, and the try that it waits for; secrets only if asked for."""
     if as_json:
-        print_json(console, _document(letter, whole=True))
+        print_json(console, _whole_document(letter, changes, replay, reveal=reveal))
         return
+    shown: Callable[[str], str] = str if reveal else redacted_text
     facts = {
         "id": str(letter.id),
-        "status": letter.status,
+        "status": letter.status + (f", {_awaited(replay)}" if replay else ""),
         "given up on by": letter.consumer,
         "reason": letter.reason,
         "error": letter.error_type or "",
@@ -71,49 +90,79 @@ def print_letter(console: Console, letter: Letter, *, as_json: bool) -> None:
         "saga": str(letter.saga_id or ""),
         "trace": (letter.traceparent or "")[3:35],
         "fingerprint": letter.fingerprint,
-        "edited" if letter.status == DEAD else letter.status: _settled(letter),
+        "content type": letter.content_type or "",
     }
     for name, value in facts.items():
         if value:
-            console.print(f"{name}:", _escaped(value), highlight=False)
-    for name, value in letter.headers.items():
-        console.print("header", _escaped(f"{name}: {value}"), highlight=False)
+            _print_line(console, f"{name}: {value}")
+    for change in changes:
+        _print_line(console, f"{change.act}: {_time(change.changed_at)} by {change.changed_by}: {change.reason}")
+    for name, value in _headers(letter, reveal=reveal).items():
+        _print_line(console, f"header {name}: {value}")
     console.rule("body")
-    _print_lines(console, _pretty(letter.body))
+    _print_lines(console, _pretty(letter.body, reveal=reveal))
     if letter.edited_body is not None:
         console.rule("edited body, which a replay takes")
-        _print_lines(console, _pretty(letter.edited_body))
+        _print_lines(console, _pretty(letter.edited_body, reveal=reveal))
     console.rule("detail")
-    _print_lines(console, letter.detail)
+    _print_lines(console, shown(letter.detail))
 
 
-def print_plan(console: Console, done: Sequence[Planned], *, dry_run: bool, as_json: bool) -> None:
-    """Print what a replay does, or would do, with each letter."""
-    replayed = sum(planned.refused is None for planned in done)
-    if as_json:
-        letters = [
-            {
-                "id": str(planned.letter.id),
-                "refused": planned.refused,
-                "after": planned.after,
-                "behind": str(planned.behind) if planned.behind else None,
-                "held_by": str(planned.held_by) if planned.held_by else None,
-            }
-            for planned in done
-        ]
-        print_json(
-            console, {"replayed": replayed, "refused": len(done) - replayed, "dry_run": dry_run, "letters": letters}
-        )
-        return
-    table = Table(_id_column(), "handler", "message", "what happens")
-    for planned in done:
+class PlanPrinter:
+    """Prints what a replay does, or would do, with each letter while it is at it: there may be very many.
+
+    Args:
+        console: where to.
+        dry_run: whether nothing is done.
+        as_json: print one JSON document.
+    """
+
+    def __init__(self, console: Console, *, dry_run: bool, as_json: bool) -> None:
+        self._console = console
+        self._dry_run = dry_run
+        self._as_json = as_json
+        self._replayed = 0
+        self._held = 0
+        self.refused = 0
+
+    def add(self, planned: Planned) -> None:
+        """Print a letter."""
+        first = self._replayed + self.refused == 0
+        self._replayed += planned.refused is None
+        self.refused += planned.refused is not None
+        self._held += planned.held_by is not None
+        if self._as_json:
+            self._console.file.write(('{"letters": [' if first else ", ") + json.dumps(_plan_document(planned)))
+            return
         letter = planned.letter
-        table.add_row(str(letter.id), plain(letter.consumer), plain(letter.message_type or ""), plain(_said(planned)))
-    console.print(table)
-    verb = "would be replayed" if dry_run else "replayed"
-    console.print(f"{replayed} {verb}, {len(done) - replayed} not", highlight=False)
-    if held := sum(planned.held_by is not None for planned in done):
-        console.print(f"{held} of them wait until a letter before them is discarded", highlight=False)
+        line = f"{letter.id}  {letter.consumer}  {letter.message_type or '?'}  {_said(planned)}"
+        _print_line(self._console, line)
+
+    def end(self) -> None:
+        """Print the totals."""
+        if self._as_json:
+            begin = '{"letters": [' if self._replayed + self.refused == 0 else ""
+            totals = {"replayed": self._replayed, "refused": self.refused, "dry_run": self._dry_run}
+            self._console.file.write(f"{begin}], {json.dumps(totals)[1:]}\n")
+            return
+        if self._replayed + self.refused == 0:
+            self._console.print("no dead letter is meant by that; see `coordinator dead-letters list`", highlight=False)
+        verb = "would be replayed" if self._dry_run else "replayed"
+        self._console.print(f"{self._replayed} {verb}, {self.refused} not", highlight=False)
+        if self._held:
+            self._console.print(
+                f"{self._held} of them wait until a letter before them is replayed or discarded", highlight=False
+            )
+
+
+def _plan_document(planned: Planned) -> dict[str, Any]:
+    return {
+        "id": str(planned.letter.id),
+        "refused": planned.refused,
+        "after": planned.after,
+        "behind": str(planned.behind) if planned.behind else None,
+        "held_by": str(planned.held_by) if planned.held_by else None,
+    }
 
 
 def _id_column() -> Column:
@@ -127,18 +176,24 @@ def _said(planned: Planned) -> str:
     if planned.behind is not None:
         said += f", but waits behind {planned.behind} of the same saga"
     if planned.held_by is not None:
-        said += f", until {planned.held_by} is discarded, which cannot be replayed"
+        said += f", until {planned.held_by} is discarded, which cannot be replayed as it is"
     return said
 
 
-def _document(letter: Letter, *, whole: bool = False) -> dict[str, Any]:
-    document: dict[str, Any] = {
+def _awaited(replay: Replay) -> str:
+    if replay.begun_at is not None:
+        return "is being tried"
+    return f"waits to be tried, due {_time(replay.due_at)}"
+
+
+def _document(letter: Letter) -> dict[str, Any]:
+    return {
         "id": str(letter.id),
         "status": letter.status,
         "consumer": letter.consumer,
         "reason": letter.reason,
         "error_type": letter.error_type,
-        "error": letter.summary,
+        "error": redacted_text(letter.summary),
         "attempts": letter.attempts,
         "first_at": _iso(letter.first_at),
         "dead_at": _iso(letter.dead_at),
@@ -151,11 +206,39 @@ def _document(letter: Letter, *, whole: bool = False) -> dict[str, Any]:
         "settled_by": letter.settled_by,
         "settled_why": letter.settled_why,
     }
-    if whole:
-        document |= {"detail": letter.detail, "headers": dict(letter.headers), "content_type": letter.content_type}
-        document["body"] = letter.body.decode(errors="backslashreplace")
-        document["edited_body"] = letter.edited_body.decode() if letter.edited_body else None
+
+
+def _whole_document(
+    letter: Letter, changes: Sequence[Change], replay: Replay | None, *, reveal: bool
+) -> dict[str, Any]:
+    edited = letter.edited_body
+    document = _document(letter) | {
+        "detail": letter.detail if reveal else redacted_text(letter.detail),
+        "content_type": letter.content_type,
+        "headers": _headers(letter, reveal=reveal),
+        "body": _shown(letter.body, reveal=reveal),
+        "edited_body": None if edited is None else _shown(edited, reveal=reveal),
+        "changes": [
+            {
+                "act": change.act,
+                "at": _iso(change.changed_at),
+                "by": change.changed_by,
+                "why": change.reason,
+                "body": None if change.body is None else _shown(change.body, reveal=reveal),
+            }
+            for change in changes
+        ],
+        "waits": replay
+        and {"due_at": _iso(replay.due_at), "begun_at": _iso(replay.begun_at), "tries": replay.attempts},
+    }
+    if reveal:
+        document["body_base64"] = base64.b64encode(letter.body).decode()
     return document
+
+
+def _headers(letter: Letter, *, reveal: bool) -> dict[str, Any]:
+    headers = dict(letter.headers)
+    return headers if reveal else redacted(headers)
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -167,34 +250,45 @@ def _group(group: Group) -> dict[str, Any]:
         "first_at": _iso(group.first_at),
         "last_at": _iso(group.last_at),
         "error_type": group.example.error_type,
-        "error": group.example.summary,
+        "error": redacted_text(group.example.summary),
     }
 
 
-def _pretty(body: bytes) -> str:
+def _shown(body: bytes, *, reveal: bool) -> str:
+    """Return a body as text: as it came, or with its secrets masked."""
     text = body.decode(errors="backslashreplace")
-    try:
-        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except (ValueError, RecursionError):
+    if reveal:
         return text
+    document = _parsed(text)
+    return redacted_text(text) if document is None else json.dumps(redacted(document), ensure_ascii=False)
+
+
+def _pretty(body: bytes, *, reveal: bool) -> str:
+    text = _shown(body, reveal=reveal)
+    document = _parsed(text)
+    return text if document is None else json.dumps(document, indent=2, ensure_ascii=False)
+
+
+def _parsed(text: str) -> Any:
+    """Return what a JSON text says; None for all else."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _print_lines(console: Console, text: str) -> None:
     for line in text.splitlines():
-        console.print(_escaped(line), soft_wrap=True)
+        _print_line(console, line)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(_escaped(text), soft_wrap=True)
 
 
 def _escaped(text: str) -> Text:
     """Return text from outside with what is not printable written as escapes: nothing of it is lost, or obeyed."""
     return Text("".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text))
-
-
-def _settled(letter: Letter) -> str:
-    if letter.settled_by is None:
-        return ""
-    return f"{_time(letter.settled_at)} by {letter.settled_by}" + (
-        f": {letter.settled_why}" if letter.settled_why else ""
-    )
 
 
 def _time(moment: datetime | None) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, get_type_hints
 
@@ -10,7 +11,7 @@ from pydantic_core import to_json
 
 from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, When, nodes
 from coordinator.instance import step_and_item
-from coordinator.steps import LONGEST, Ending, Hook, OutcomeHook, Start, Step
+from coordinator.steps import LONGEST, Ending, Hook, Migration, OutcomeHook, Start, Step
 from coordinator.waits import Delay, Wait
 from events.errors import DefinitionError
 from events.message import Command, Event, Message
@@ -46,6 +47,7 @@ class SagaDefinition:
     on_completed: Ending | None
     on_compensated: Ending | None
     deadline: float | None = None
+    migrations: Mapping[int, Migration] = field(default_factory=dict)
     by_name: dict[str, Leaf] = field(default_factory=dict)
     branches: dict[Parallel, tuple[Branch, ...]] = field(default_factory=dict)
     _around: dict[str, tuple[Branch, ...]] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class Saga(BaseModel):
     model_config = ConfigDict(
         allow_inf_nan=False,
         extra="forbid",
-        ignored_types=(Hook, Step, Start, Ending, OutcomeHook, Wait, Delay, Sequence, Parallel, When, Each),
+        ignored_types=(Hook, Step, Start, Ending, Migration, OutcomeHook, Wait, Delay, Sequence, Parallel, When, Each),
     )
 
     definition: ClassVar[SagaDefinition]
@@ -210,7 +212,19 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
         on_completed[0] if on_completed else None,
         on_compensated[0] if on_compensated else None,
         deadline,
+        _migrations(cls, version, parts.values(), names),
     )
+
+
+def _migrations(cls: type[Saga], version: int, parts: Iterable[Any], names: Iterable[str]) -> dict[int, Migration]:
+    found = [value for value in parts if isinstance(value, Migration)]
+    by_version = {each.from_version: each for each in found}
+    _require(len(by_version) == len(found), cls, "it has two migrations from the same version")
+    for each in found:
+        _require(1 <= each.from_version != version, cls, f"{each.name} migrates from another version, not its own")
+        strange = {*each.renamed.values(), *each.passed} - set(names)
+        _require(not strange, cls, f"{each.name} names {', '.join(sorted(strange))}, which is not in its flow")
+    return by_version
 
 
 def _outcome_class(cls: type[Saga], hook: OutcomeHook, *, of_item: bool) -> type[Message]:

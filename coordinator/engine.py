@@ -16,8 +16,9 @@ from coordinator.facts import NOTHING, Facts, Lookups
 from coordinator.instance import Instance
 from coordinator.items import Items
 from coordinator.replays import Replays
-from coordinator.sagas import CONSUMER, Sagas
+from coordinator.sagas import CONSUMER, Sagas, UnknownSagaError
 from coordinator.store import Store
+from coordinator.transfer import NotTransferableError
 from coordinator.waiting import EarlyDelivery, Waiting
 from events.bulk import together
 from events.bus import Bus, Consumer
@@ -81,6 +82,11 @@ class Engine:
         self._replays = Replays(engine, self._intake, self._sagas.by_version, clock=clock, ids=ids)
         self._supervisor = Supervisor(clock)
         self._consumers: list[Consumer] = []
+
+    @property
+    def definitions(self) -> list[SagaDefinition]:
+        """All versions of the sagas that it runs."""
+        return list(self._sagas.by_version.values())
 
     @property
     def failing(self) -> frozenset[str]:
@@ -280,6 +286,24 @@ class Engine:
                 after_commit = await self._write(connection, batch, [])
         after_commit()
         return done
+
+    async def transfer(self, sagas: Sequence[UUID], to: SagaDefinition, *, by: str, why: str) -> dict[UUID, str]:
+        """Take instances over into another version, in one transaction; return why others stay as they are."""
+        stay: dict[UUID, str] = {}
+        async with transaction(self._engine) as connection:
+            batch = self._batch(Facts(await self._store.load(connection, sagas)))
+            for instance in batch.loaded.values():
+                try:
+                    batch.transfer(instance, to, by=by, why=why)
+                except (NotTransferableError, UnknownSagaError) as error:
+                    stay[instance.id] = str(error)
+            await self._store.pin(connection, batch.changed)
+            before = [batch.loaded[instance.id] for instance in batch.changed]
+            await self._replays.readdress(connection, before, to.version)
+            async with together(connection):
+                after_commit = await self._write(connection, batch, [])
+        after_commit()
+        return stay
 
     # Deadlines
 

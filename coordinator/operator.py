@@ -11,6 +11,7 @@ from coordinator.bulk_acts import BulkAct
 from coordinator.decision import Acted, Resolution, Verb
 from coordinator.engine import Engine
 from coordinator.instance import Instance
+from coordinator.migrator import Migrator, Report
 from coordinator.node import make_engine, open_bus, open_schema
 from coordinator.search import Query
 from coordinator.settings import Settings
@@ -111,6 +112,17 @@ class Operator:
         _refuse_anonymous(by, why)
         act = Acted(verb, by, why, self.store.clock.now(), step, until, None, resolution, data)
         return BulkAct(self._engine, self.store, self._clock, query=query, act=act, rate=rate, dry_run=dry_run)
+
+    async def migrate(self, saga: str, to: int, *, by: str, why: str, limit: int | None = None) -> Report:
+        """Take all instances of a saga that have not ended over into another version; see `Migrator.migrate`.
+
+        Raises:
+            ConfigurationError: the application has no such version, or no reason is given.
+        """
+        _refuse_anonymous(by, why)
+        await self.store.clock.calibrate()
+        migrator = Migrator(self._engine.definitions, self.store)
+        return await migrator.migrate(self._engine, saga, to, by=by, why=why, limit=limit)
 
 
 def _refuse_anonymous(by: str, why: str) -> None:

@@ -1,14 +1,17 @@
 """Rows that the coordinator takes like deliveries: replayed dead letters, and replies that others have held for it."""
 
 from collections.abc import Iterable, Sequence
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from coordinator.instance import Instance
 from coordinator.sagas import CONSUMER, SagaKey, holding
 from events.clock import Clock
 from events.ids import Ids
 from events.intake import Intake, Item
 from handlers.retries import Parked, Retries, Waiting, row_of
+from handlers.tables import retry
 
 _MOST = 100
 
@@ -54,3 +57,13 @@ class Replays:
     async def hold(self, connection: AsyncConnection, rows: Sequence[Waiting]) -> None:
         """Keep replies for who has the version that they are for. May stand in a block of `together`."""
         await self._retries.add(connection, rows)
+
+    async def readdress(self, connection: AsyncConnection, sagas: Iterable[Instance], version: int) -> None:
+        """Hold replies that are held for versions which these instances have had until now for another one."""
+        ids: dict[tuple[str, str], list[UUID]] = {}
+        for instance in sagas:
+            old, new = holding(instance.saga, instance.version), holding(instance.saga, version)
+            ids.setdefault((old, new), []).append(instance.id)
+        for (old, new), of in ids.items():
+            held = retry.update().where(retry.c.consumer == old, retry.c.saga_id.in_(of))
+            await connection.execute(held.values(consumer=new))

@@ -6,6 +6,7 @@ from coordinator.definition import SagaDefinition
 from coordinator.instance import Instance
 from coordinator.steps import Start
 from events.bus import Address, Exchange, Queue
+from events.dead_letters import COORDINATOR
 from events.envelope import Envelope
 from events.errors import DefinitionError, RejectedError
 from events.message import Command, Failed, Refused
@@ -14,7 +15,7 @@ from events.registry import Registry
 SagaKey = tuple[str, int]  # a saga's name and version
 
 REPLY_ADDRESS = "coordinator"
-CONSUMER = "coordinator"
+CONSUMER = COORDINATOR
 _REPLY_QUEUE = "coordinator.replies"
 _EVENT_QUEUE = "coordinator.events"
 _COMMAND_QUEUE = "coordinator.commands"

@@ -1,6 +1,6 @@
 """The methods of a saga and their roles: how it starts, its steps with their compensations, how it ends. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -248,3 +248,36 @@ def completed(function: Callable[..., Any]) -> Ending:
 def compensated(function: Callable[..., Any]) -> Ending:
     """Declare the method that returns the event to publish (or None) when all is undone; it is given the reason."""
     return Ending(function, compensated=True)
+
+
+class Migration(Hook):
+    """A method that makes a saga of this version of one of another version."""
+
+    def __init__(
+        self, function: Callable[..., Any], from_version: int, renamed: Mapping[str, str], passed: Iterable[str]
+    ) -> None:
+        # It may be marked as a class method, too, which says to type checkers what it is.
+        super().__init__(function.__func__ if isinstance(function, classmethod) else function)
+        self.from_version = from_version
+        self.renamed = dict(renamed)
+        self.passed = frozenset(passed)
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self.function.__get__(owner, type(owner))
+
+
+def migrates(
+    from_: int, *, renamed: Mapping[str, str] | None = None, passed: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], Migration]:
+    """Declare the class method that takes an instance over from another version; @classmethod below it is optional.
+
+    It is given the old saga and returns one of its own class; what it raises is why this instance stays as it is. Steps
+    keep their names, and what has begun must have its place in the new flow.
+
+    Args:
+        from_: the other version; a newer one for the way back.
+        renamed: old names of steps, or conditions, and their new ones. A step must be over, and have nothing to undo.
+        passed: steps without a compensation that count as done where the instance is past them already, and conditions
+            that then count as not taken.
+    """
+    return lambda function: Migration(function, from_, renamed or {}, passed)

@@ -39,6 +39,7 @@ _COLUMNS = (
 _FIXED = ("saga", "version", "key", "traceparent", "created_at")
 _insert = Bulk(saga_instance, *_COLUMNS)
 _update = Bulk(saga_instance, *(name for name in _COLUMNS if name not in _FIXED))
+_pin = Bulk(saga_instance, "id", "version")
 _load = Lookup(saga_instance, *_COLUMNS, key="id")
 _load_locked = Lookup(saga_instance, *_COLUMNS, key="id", lock=True)
 _record = Bulk(saga_history, *COLUMNS, "hash")
@@ -102,6 +103,10 @@ class Store:
         ]
         expected = ("revision", [loaded[instance.id].revision for instance in instances])
         await _update.update(connection, rows, key="id", expected=expected)
+
+    async def pin(self, connection: AsyncConnection, instances: Sequence[Instance]) -> None:
+        """Write which versions instances have that are loaded and locked. Not in `together` with their update."""
+        await _pin.update(connection, [(i.id, i.version) for i in instances], key="id")
 
     async def record(self, connection: AsyncConnection, rows: Sequence[HistoryRow]) -> None:
         """Append history rows."""

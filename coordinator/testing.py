@@ -33,6 +33,7 @@ from coordinator.decision import (
 )
 from coordinator.definition import Saga
 from coordinator.instance import Instance, Origin, Status
+from coordinator.transfer import transfer
 from events.envelope import Direction, Result
 from events.message import Command, Event, Failed, Message, Refused
 
@@ -183,6 +184,18 @@ class SagaRun:
         self.take(Acted(verb, "ada", "a test", self.now, step, until, revision, resolution, data))
         return self
 
+    def migrates(self, to: type[Saga]) -> Self:
+        """Take the saga over into another version, as `coordinator sagas migrate` does; it goes on as one of that.
+
+        Raises:
+            NotTransferableError: it must stay as it is.
+        """
+        decision = transfer(self.definition, to.definition, self.instance, by="ada", why="a test", now=self.now)
+        self.definition = to.definition
+        self._since = len(self.decisions)
+        self.decisions.append(decision)
+        return self
+
     def take(self, given: Input) -> Decision | None:
         """Decide on any input, and on what is due at once after it; return the first decision."""
         decision = decide(self.definition, self.instance if self.decisions else None, given)
@@ -207,7 +220,7 @@ class SagaRun:
             request.step: request
             for decision in self.decisions
             for request in decision.requests
-            if self.instance.steps[request.step].awaits(request.direction, request.attempt)
+            if (at := self.instance.steps.get(request.step)) and at.awaits(request.direction, request.attempt)
         }
         if step is None and len(awaited) == 1:
             return next(iter(awaited.values()))

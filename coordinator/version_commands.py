@@ -1,5 +1,6 @@
-"""`coordinator sagas versions|forget-version`: which versions of sagas there are, and what is left of them."""
+"""`coordinator sagas versions|forget-version|migrate`: which versions of sagas there are, and what is left of them."""
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -10,10 +11,14 @@ from rich.table import Column, Table
 from coordinator import process
 from coordinator.app import App
 from coordinator.loading import load_app
+from coordinator.migrator import Migrator, Report
 from coordinator.node import open_reading, open_schema
+from coordinator.operator import open_operator
 from coordinator.settings import load_settings
+from coordinator.store import Store
 from coordinator.versions import VersionCount, Versions
-from coordinator.views import print_json
+from coordinator.views import plain, print_json
+from events.clock import SystemClock
 
 out = Console()
 
@@ -21,6 +26,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 AppOption = Annotated[
     str | None, typer.Option("--app", metavar="APP", help="say what this application has the code of: module:attribute")
 ]
+AppReference = Annotated[str, typer.Argument(metavar="APP", help="the application as module:attribute")]
+By = Annotated[str | None, typer.Option(help="who does it; by default the user's login")]
 SagaName = Annotated[str, typer.Argument(metavar="NAME", help="the name of a saga")]
 
 
@@ -49,6 +56,49 @@ def forget_version(
 
     process.run(work())
     out.print(f"forgot version {version} of {saga}", highlight=False)
+
+
+def migrate_sagas(
+    app: AppReference,
+    saga: SagaName,
+    to: Annotated[int, typer.Option(help="the version that they get")],
+    why: Annotated[str, typer.Option(help="why, for the record; a dry run needs none")] = "",
+    by: By = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="how many at most, the oldest first")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, and change nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take all instances that have not ended over into another version. The exit code is 1 if some must stay."""
+    loaded, settings = load_app(app), load_settings()
+    process.log_to_stderr("WARNING", settings.log_format)
+
+    async def rehearse() -> Report:
+        async with open_reading(settings) as engine:
+            await Versions(engine).check(loaded.definitions)
+            return await Migrator(loaded.definitions, Store(engine, SystemClock())).rehearse(saga, to, limit=limit)
+
+    async def work() -> Report:
+        async with open_operator(loaded, settings) as operator:
+            return await operator.migrate(saga, to, by=by or process.login(), why=why, limit=limit)
+
+    report = process.run(rehearse() if dry_run else work())
+    print_report(report, dry_run=dry_run, as_json=as_json)
+    if report.stay:
+        sys.exit(1)
+
+
+def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
+    """Print how many instances were migrated, and which others stay, by reason."""
+    if as_json:
+        stay = [{"reason": reason, "sagas": [str(each) for each in ids]} for reason, ids in report.stay.items()]
+        print_json(out, {"dry_run": dry_run, "migrated": report.moved, "stay": stay})
+        return
+    out.print(f"{report.moved} {'can be' if dry_run else 'were'} migrated", highlight=False)
+    if report.stay:
+        table = Table(Column("stay", justify="right"), "because", "for example")
+        for reason, ids in sorted(report.stay.items(), key=lambda item: -len(item[1])):
+            table.add_row(str(len(ids)), plain(reason), str(ids[0]))
+        out.print(table)
 
 
 def print_versions(counts: Sequence[VersionCount], app: App | None, *, as_json: bool) -> None:

@@ -28,6 +28,7 @@ _MAX_VERSION = 2**31 - 1
 _trailing_version = re.compile(r"[:/#.]v?(\d{1,10})$")
 _traceparent = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 _string = re.compile(r'"(?:[^"\\]++|\\.)*+"?+', re.DOTALL)  # the end of the text ends it, too: linear in any case
+_attribute = re.compile(r"[a-z0-9]+", re.ASCII)
 _whitespace = re.compile(r"[ \t\r\n]*")
 
 
@@ -70,8 +71,7 @@ def read_body(
     try:
         _check_sizes(body, headers, encoding, limits)
         media_type = (content_type or "").partition(";")[0].strip().lower()
-        attributes = _binary_attributes(headers)
-        if attributes and not media_type.startswith("application/cloudevents"):
+        if (attributes := _attributes_of_binary_mode(content_type, headers)) is not None:
             return [_read_binary(body, attributes, media_type)]
         if media_type not in ("", "application/json", BATCH_TYPE, STRUCTURED_TYPE):
             raise MalformedError(f"content type {media_type!r} is no CloudEvents JSON")
@@ -85,6 +85,29 @@ def read_body(
         return [_read_part(document, body)]
     except RejectedError as error:
         return [Unreadable(body, error)]
+
+
+def attributes_of(part: Readable, *, content_type: str | None, headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a message as they stand in a structured event, in whatever mode it came.
+
+    What we have no use for is among them: an edited message keeps the extensions of whoever sent it.
+    """
+    binary = _attributes_of_binary_mode(content_type, headers)
+    if binary is None:
+        document: dict[str, Any] = json.loads(part.raw)
+        document.pop("data", None)
+        return document
+    found = {name: value for name, value in binary.items() if _attribute.fullmatch(name) and value is not None}
+    found.pop("data", None)
+    if part.envelope.time is not None:  # as an AMQP timestamp it has another form
+        found["time"] = part.envelope.time.isoformat()
+    return {**found, "datacontenttype": "application/json"}
+
+
+def _attributes_of_binary_mode(content_type: str | None, headers: Mapping[str, Any]) -> dict[str, Any] | None:
+    if (content_type or "").strip().lower().startswith("application/cloudevents"):
+        return None
+    return _binary_attributes(headers) or None
 
 
 def _check_sizes(body: bytes, headers: Mapping[str, Any], encoding: str | None, limits: Limits) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -53,6 +54,7 @@ _reopen = Bulk(
     "settled_why",
 )
 _tries = Lookup(dead_letter, "id", "attempts", key="id")
+COORDINATOR = "coordinator"  # stands as the consumer of what sagas wait for, and start on
 BUS = "bus"  # stands as the consumer of what no queue took
 CONFLICT = "conflict"  # the reason of a letter with the id of a message that says something else
 DEAD = "dead"  # the status of a letter that nobody has settled
@@ -168,6 +170,16 @@ def _detail(text: str) -> str:
 def _short(file: str) -> str:
     """Return the end of a path: where the code is installed says nothing of a cause."""
     return "/".join(file.split("/")[-2:])
+
+
+def error_type_of(error: BaseException) -> str:
+    """Return how the class of an error is called in a dead letter."""
+    return f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+
+
+def stack_of(error: BaseException) -> str:
+    """Return an error with its causes and their stacks."""
+    return "".join(traceback.format_exception(error))
 
 
 def storable(text: str) -> str:

@@ -75,6 +75,7 @@ class JsonText(TypeDecorator[Any]):
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 _is_dead = text("status = 'dead'")
+IS_SETTLED = text("status <> 'dead'")
 
 # Messages that a committed transaction caused and that the bus has not confirmed yet. Rows are deleted once
 # confirmed, so the table is short; `due_at` is the lease of whoever publishes a row, or the next try.
@@ -123,4 +124,5 @@ dead_letter = Table(
     Index(None, "dead_at"),
     Index("ix_dead_letter_open", "consumer", "id", postgresql_where=_is_dead, sqlite_where=_is_dead),
     Index("ix_dead_letter_saga", "saga_id", "id", postgresql_where=_is_dead, sqlite_where=_is_dead),
+    Index("ix_dead_letter_settled", "settled_at", postgresql_where=IS_SETTLED, sqlite_where=IS_SETTLED),
 )

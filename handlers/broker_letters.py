@@ -10,7 +10,7 @@ from events.bus import DEAD_LETTERS, Bus, Consumer
 from events.clock import Clock
 from events.codec import Limits
 from events.database import is_transient, transaction
-from events.dead_letters import BROKER_REASONS, BUS, DeadLetter, bury
+from events.dead_letters import BROKER_REASONS, BUS, COORDINATOR, DeadLetter, bury
 from events.ids import Ids
 from events.intake import Intake, Item, completed_by, settle
 from events.outbox import Outbox
@@ -104,7 +104,7 @@ def _consumer(queue: str) -> str:
     _, _, part = queue.partition(".")
     if part.startswith("handler."):
         return part.removeprefix("handler.")
-    return "coordinator" if part.startswith("coordinator.") else queue or BUS
+    return COORDINATOR if part.startswith("coordinator.") else queue or BUS
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import traceback
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -14,6 +13,7 @@ from tenacity import AsyncRetrying, retry_if_exception
 
 from events import tracing
 from events.codec import Readable
+from events.dead_letters import error_type_of, stack_of
 from events.derive import derive_id
 from events.envelope import Envelope, Result, wrap
 from events.errors import CoordinatorError, DefinitionError, RejectedError
@@ -159,7 +159,7 @@ class Execution:
         row = outcome.again = row_of(item) or self._answers.waiting(item, item.part)
         row.attempts, row.begun_at, row.crashes = ladder.attempt, None, 0
         row.due_at = self._retries.clock.now() + timedelta(seconds=verdict.wait)
-        row.reason, row.error_type, row.detail = _code(error), _name(error), _stack(error)
+        row.reason, row.error_type, row.detail = _code(error), error_type_of(error), stack_of(error)
         logger.info(
             "%s tries %s again in %.1f s, after %d of %d attempts",
             self._handler.name,
@@ -249,7 +249,7 @@ class Execution:
             extra={"action": "handler.gave_up", "handler": self._handler.name, "message_id": envelope.id},
         )
         return self._answers.fail(
-            item, envelope, _code(error), _stack(error), attempts=ladder.attempt, error_type=_name(error)
+            item, envelope, _code(error), stack_of(error), attempts=ladder.attempt, error_type=error_type_of(error)
         )
 
 
@@ -264,14 +264,6 @@ def _age(row: Waiting | None, retries: Retries) -> float:
 
 def _code(error: Exception) -> str:
     return error.code if isinstance(error, RejectedError) else "failed"
-
-
-def _name(error: Exception) -> str:
-    return f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-
-
-def _stack(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
 
 
 def _context(envelope: Envelope, attempt: int) -> Context:

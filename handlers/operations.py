@@ -25,6 +25,7 @@ from handlers.tables import handler_change, handler_process, handler_setting, re
 logger = logging.getLogger(__name__)
 
 _ALIVE = timedelta(seconds=5)
+_KNOWN = timedelta(minutes=1)  # that a process has died says nothing about its handlers
 _SIGN_EVERY = timedelta(seconds=2)
 _FORGET_AFTER = timedelta(hours=1)
 RETRY_SETTINGS = tuple(each.name for each in fields(Retry) if each.name != "never")
@@ -260,6 +261,12 @@ class Operations:
             )
             for name in sorted(running | settings.keys() | waiting.keys() | dead.keys())
         ]
+
+    async def known(self, now: datetime) -> frozenset[str]:
+        """Return the names of the handlers that a process runs, or has run a moment ago without signing off."""
+        statement = select(handler_process.c.handlers).where(handler_process.c.seen_at > now - _KNOWN)
+        async with self._reader.connect() as connection:
+            return frozenset(name for handlers in (await connection.execute(statement)).scalars() for name in handlers)
 
     async def changes(self, name: str | None = None, limit: int = 50) -> list[RowMapping]:
         """Return who has changed what, newest first."""

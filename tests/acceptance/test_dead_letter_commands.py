@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import psycopg
 import pytest
 
 from tests.acceptance.test_cli import coordinator
@@ -13,6 +15,7 @@ from tests.support.processes import Process
 pytestmark = pytest.mark.acceptance
 
 APP = "tests.support.poison_app:app"
+EDIT = ("--data", "-", "--app", APP, "--why", "a typo")
 ID = "01a20000-0000-7000-8000-00000000000{}"
 
 
@@ -54,15 +57,34 @@ def test_letters_are_listed_shown_edited_replayed_and_discarded(amqp_url: str, p
         assert "Traceback" in shown
         assert "after 2.0 s" in run("replay", "--fingerprint", group["fingerprint"], "--rate", "0.5", "--dry-run")
         assert len(listed(environment)) == 2, "a dry run does nothing"
-        run("edit", first["id"], "--data", "-", "--why", "mended", given='{"number": 1, "kind": "good"}')
+        for data, says in (
+            ('{"number": 1, "kind": "better"}', "work could not take that: Work: kind: Input should be"),
+            ('{"number": 1, "number": 2, "kind": "good"}', "'number' stands twice"),
+        ):
+            refused = coordinator(environment, "dead-letters", "edit", first["id"], *EDIT, given=data)
+            assert (refused.returncode, says in refused.stderr) == (1, True), refused.stderr
+        edited = run("edit", first["id"], *EDIT, given='{"number": 1, "kind": "good"}')
+        assert "edited body, which a replay takes" in edited
         assert "1 replayed, 0 not" in run("replay", first["id"], "--by", "ada", "--why", "mended")
+        again = coordinator(environment, "dead-letters", "replay", first["id"], "--why", "twice")
+        assert (again.returncode, "it is replayed, by ada; only what is dead" in again.stdout) == (1, True)
         assert run("discard", "--handler", "work", "--why", "a test") == "1 discarded\n"
         wait_until(lambda: not _rows(environment), "the replay")
         assert listed(environment) == []
         [replayed] = listed(environment, "--status", "replayed")
         assert (replayed["id"], replayed["settled_by"], replayed["settled_why"]) == (first["id"], "ada", "mended")
+        shown = json.loads(run("show", first["id"], "--json"))
+        assert [(each["act"], each["why"]) for each in shown["changes"]] == [
+            ("edited", "a typo"),
+            ("replayed", "mended"),
+        ]
+        assert json.loads(shown["body"])["data"]["kind"] == "raises", "the original is kept"
+        assert json.loads(shown["edited_body"])["data"]["kind"] == "good"
         [discarded] = listed(environment, "--status", "discarded")
         assert discarded["id"] == second["id"]
+        assert run("purge", "--older-than", "1", "--dry-run") == "0 would be deleted\n"
+        assert run("purge", "--older-than", "0") == "2 deleted\n"
+        assert listed(environment, "--status", "any") == []
         assert process.terminate() == 0
 
 
@@ -79,11 +101,51 @@ def test_what_makes_no_sense_is_refused_in_one_line(pg_url: str) -> None:
         (("replay", "--all", "--handler", "x"), "name letters by their ids"),
         (("list", "--status", "lost"), "--status takes dead, replayed, discarded or any"),
         (("show", ID.format(1)), "there is no dead letter"),
-        (("edit", ID.format(1), "--data", "nosuch.json"), "there is no file nosuch.json"),
+        (("show", "nonsense"), "'nonsense' is no id of a dead letter"),
+        (("edit", ID.format(1), *EDIT[2:], "--data", "nosuch.json"), "there is no file nosuch.json"),
+        (("edit", ID.format(1), *EDIT[2:]), "say what is new"),
+        (("replay", "--all"), "say who does this, and why (--why)"),
+        (("discard", "--all", "--why", " "), "say who does this, and why (--why)"),
+        (("list", "--since", "2026-01-02", "--until", "2026-01-01"), "no letter died both at"),
     ):
         refused = coordinator(environment, "dead-letters", *arguments)
         assert (refused.returncode, says in refused.stderr, refused.stderr.count("\n")) == (1, True, 1), refused.stderr
-    assert "0 replayed, 0 not" in coordinator(environment, "dead-letters", "replay", "--all").stdout
+    done = coordinator(environment, "dead-letters", "replay", "--all", "--why", "a test").stdout
+    assert done == "no dead letter is meant by that; see `coordinator dead-letters list`\n0 replayed, 0 not\n"
+    done = coordinator(environment, "dead-letters", "replay", "--all", "--dry-run", "--json").stdout
+    assert json.loads(done) == {"letters": [], "replayed": 0, "refused": 0, "dry_run": True}
+
+
+def test_a_replay_that_is_killed_has_done_what_it_has_said_and_is_gone_on_with(pg_url: str, tmp_path: Path) -> None:
+    environment = {"COORDINATOR_BROKER_URL": "amqp://127.0.0.1", "COORDINATOR_DATABASE_URL": pg_url}
+    assert coordinator(environment, "db", "upgrade").returncode == 0
+    count, dsn = 3000, pg_url.replace("postgresql+asyncpg", "postgresql")
+
+    def ask(statement: str) -> list[tuple[Any, ...]]:
+        with psycopg.connect(dsn) as connection:
+            return connection.execute(statement.encode()).fetchall()
+
+    with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO dead_letter (id, consumer, reason, detail, body, headers, message_id, attempts, dead_at,"
+            " fingerprint, status) VALUES (%s, 'work', 'failed', 'x', %s, '{}', %s, 1, now(), 'f', 'dead')",
+            [
+                (UUID(int=n), work(n, "good").replace(ID.format(n), str(UUID(int=n))).encode(), str(n))
+                for n in range(1, count + 1)
+            ],
+        )
+    arguments = ("dead-letters", "replay", "--all", "--app", APP, "--why", "mended")
+    with Process(tmp_path / "log", *arguments, environment=environment) as process:
+        wait_until(lambda: " at once" in process.log, "the first letters")
+        process.kill9()
+    said = process.log.count(" at once")
+    [(waiting,)] = ask("SELECT count(*) FROM retry")
+    assert ask("SELECT count(*) FROM dead_letter WHERE status = 'replayed'") == [(waiting,)]
+    assert said <= waiting
+    done = coordinator(environment, *arguments)
+    assert f"{count - waiting} replayed, 0 not" in done.stdout, done.stderr
+    assert ask("SELECT count(*), count(DISTINCT dead_letter_id) FROM retry") == [(count, count)]
+    assert ask("SELECT count(*), count(DISTINCT dead_letter_id) FROM dead_letter_change") == [(count, count)]
 
 
 def test_what_rabbitmq_gives_up_on_arrives_with_its_handler(
@@ -103,7 +165,7 @@ def test_what_rabbitmq_gives_up_on_arrives_with_its_handler(
         wait_until(lambda: bool(listed(environment)), "the letter")
         [letter] = listed(environment)
         assert (letter["consumer"], letter["reason"], letter["message_id"]) == ("work", "delivery_limit", ID.format(1))
-        assert coordinator(environment, "dead-letters", "replay", "--all").returncode == 0
+        assert coordinator(environment, "dead-letters", "replay", "--all", "--why", "mended").returncode == 0
         wait_until(lambda: _rows(environment) == 0, "the replay")
         assert listed(environment) == []
         assert process.terminate() == 0

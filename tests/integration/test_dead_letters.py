@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any, Self
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 from pydantic_core import from_json
@@ -18,15 +18,16 @@ from events.bus import DEAD_LETTERS, Address, Exchange, Queue
 from events.codec import Limits, bundle_body
 from events.database import transaction
 from events.dead_letters import DeadLetter, bury
-from events.envelope import Direction, Envelope, SagaLink
+from events.envelope import Direction, SagaLink
 from events.errors import ConfigurationError, UnroutableError
 from events.ids import TimeOrderedIds
 from events.intake import Intake
 from events.outbox import Outbound
 from events.relay import RelayOptions
-from handlers import Retry, handles
+from handlers import handles
 from handlers.broker_letters import BrokerLetters
-from handlers.replay import DISCARDED, REPLAYED, DeadLetters, Letter, Planned, Query, with_data
+from handlers.letters import DISCARDED, REPLAYED, Query
+from handlers.replay import DeadLetters
 from handlers.retries import _COUNT_DUE
 from handlers.tables import retry
 from tests.support.engines import World, wanted
@@ -45,10 +46,22 @@ from tests.support.flows import (
     open_store,
     until,
 )
+from tests.support.letters import (
+    ALL,
+    ONCE,
+    Service,
+    letters_of,
+    oldest_first,
+    planned,
+    replayed,
+    undo,
+)
 from tests.support.sagas import BookHotel, TripWanted
 
-ONCE = Retry(attempts=1)
-ALL = Query()
+
+@handles(OrderPlaced, name="other")
+async def other_handler(event: OrderPlaced) -> None:
+    raise ValueError(event.order)
 
 
 @pytest.fixture(params=["embedded", "sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -56,43 +69,6 @@ async def stage(request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
     url = request.getfixturevalue("pg_url" if request.param == "postgres" else "sqlite_url")
     async with open_stage(url, embedded=request.param == "embedded") as opened:
         yield opened
-
-
-class Service:
-    """A handler that is out of order until it is mended, and what it was asked."""
-
-    def __init__(self) -> None:
-        self.broken = True
-        self.broken_for: set[str] = set()
-        self.asked: list[str] = []
-
-        @handles(RefundCard, retry=ONCE)
-        async def refund_card(command: RefundCard) -> None:
-            self.asked.append(command.order)
-            if self.broken or command.order in self.broken_for:
-                raise ValueError(f"no refund for order {command.order}")
-
-        self.handler = refund_card
-
-
-def letters_of(stage: Stage) -> DeadLetters:
-    return DeadLetters(stage.engine, clock=stage.clock, ids=stage.ids)
-
-
-def undo(order: str, saga: UUID | None = None) -> Envelope:
-    return enveloped(RefundCard(order=order), saga=SagaLink(saga or uuid4(), f"charge{order}", Direction.UNDO, 1))
-
-
-async def replayed(letters: DeadLetters, query: Query = ALL, **how: Any) -> list[Planned]:
-    return [planned async for planned in letters.replay(query, **{"by": "ada", **how})]
-
-
-async def planned(letters: DeadLetters, query: Query = ALL, **how: Any) -> list[Planned]:
-    return [each async for each in letters.plan(query, **how)]
-
-
-async def oldest_first(letters: DeadLetters, query: Query = ALL, *, limit: int = 50) -> list[Letter]:
-    return list(reversed(await letters.find(query, limit=limit)))
 
 
 async def test_a_replay_reaches_the_one_handler_that_failed_under_the_same_id(stage: Stage) -> None:
@@ -171,7 +147,7 @@ async def test_who_waits_behind_another_is_not_due_and_is_found_without_looking_
         await stage.send(undo(order, saga))
         await stage.dead_letters(int(order))
     await group.stop(0)
-    letters = letters_of(stage)
+    letters = letters_of(stage, service.handler)
     await replayed(letters)
     stage.clock.advance(1)
     assert await stage.retries.count_due() == {"refund_card": (1, 0)}
@@ -282,18 +258,18 @@ async def test_a_letter_is_edited_and_the_original_is_kept(stage: Stage) -> None
     sent = undo("typo")
     await stage.send(sent)
     [dead] = await stage.dead_letters(1)
-    letters = letters_of(stage)
-    body = with_data(await letters.get(dead.id), b'{"order":"right"}')
-    edited = await letters.edit(dead.id, body, by="ada", why="a typing error")
+    letters = letters_of(stage, service.handler)
+    edited = await letters.edit(dead.id, data=b'{"order":"right"}', by="ada", why="a typing error")
     assert edited.body == sent.encode()
-    assert edited.edited_body is not None
+    sent.data = b'{"order":"right"}'
+    assert edited.edited_body == sent.encode()
     await replayed(letters)
     stage.clock.advance(1)
     assert (await stage.replies.next()).type == "failed"
     reply = await stage.replies.next()
     assert (reply.type, reply.causation_id) == ("succeeded", sent.id)
     assert service.asked == ["typo", "right"]
-    assert (await letters.get(dead.id)).body == sent.encode()
+    assert (await letters.get(dead.id)).body == dead.body
 
 
 async def test_what_cannot_be_edited_or_found_is_an_error_that_says_so(stage: Stage) -> None:
@@ -301,24 +277,37 @@ async def test_what_cannot_be_edited_or_found_is_an_error_that_says_so(stage: St
     await stage.start(service.handler)
     await stage.send(undo("1"))
     [dead] = await stage.dead_letters(1)
-    letters = letters_of(stage)
+    letters = letters_of(stage, service.handler)
     letter = await letters.get(dead.id)
-    for data, says in ((b"{", "not JSON"), (b"[]", "a JSON object")):
+    for data, says in (
+        (b"{", "not JSON"),
+        (b"[]", "a JSON object"),
+        (b'{"order":"\\u0000"}', "nobody could read"),
+        (b'{"order":"1","order":"2"}', "nobody could read that: the name 'order' stands twice"),
+        (b'{"order":NaN}', "nobody could read that: NaN is not JSON"),
+        (b'{"order":7}', "refund_card could not take that: RefundCard: order: Input should be a valid string"),
+        (b"{}", "refund_card could not take that: RefundCard: order: Field required"),
+    ):
         with pytest.raises(ConfigurationError, match=says):
-            with_data(letter, data)
-    for body, says in (
-        (with_data(letter, b'{"order":"\\u0000"}'), "nobody could read"),
+            await letters.edit(dead.id, data=data, by="ada", why="a test")
+    for event, says in (
         (undo("1").encode(), "the event's id must stay as it was"),
         (letter.body.replace(b'"undo"', b'"do"'), "the event's saga must stay as it was"),
         (bundle_body([letter.body, letter.body]), "several events"),
     ):
         with pytest.raises(ConfigurationError, match=says):
-            await letters.edit(dead.id, body, by="ada")
+            await letters.edit(dead.id, event=event, by="ada", why="a test")
     with pytest.raises(ConfigurationError, match="there is no dead letter"):
         await letters.get(uuid4())
-    await letters.discard(ALL, by="ada", why="never mind")
-    with pytest.raises(ConfigurationError, match="discarded; only what is dead can be edited"):
-        await letters.edit(dead.id, letter.body, by="ada")
+    with pytest.raises(ConfigurationError, match=r"name the application \(--app\)"):
+        await letters_of(stage).edit(dead.id, event=letter.body, by="ada", why="a test")
+    with pytest.raises(ConfigurationError, match="the application has no handler refund_card"):
+        await letters_of(stage, other_handler).edit(dead.id, event=letter.body, by="ada", why="a test")
+    assert (await letters.get(dead.id)).edited_body is None
+    assert await letters.changes(dead.id) == []
+    await letters.discard(ALL, by="bob", why="never mind")
+    with pytest.raises(ConfigurationError, match="it is discarded, by bob; only what is dead can be edited"):
+        await letters.edit(dead.id, event=letter.body, by="ada", why="a test")
     assert await replayed(letters) == []
 
 
@@ -328,15 +317,17 @@ async def test_an_unreadable_letter_is_replayed_only_after_it_was_edited(stage: 
     await stage.start(service.handler)
     await stage.send_raw("refund.card", b"[nonsense]")
     [dead] = await stage.dead_letters(1)
-    letters = letters_of(stage)
+    letters = letters_of(stage, service.handler)
     [refused] = await replayed(letters)
     assert (refused.refused or "").startswith("it cannot be read:")
     assert (refused.refused or "").endswith("edit it first")
     assert await stage.waiting() == []
     with pytest.raises(ConfigurationError, match="no envelope that can be kept; give the whole event"):
-        with_data(await letters.get(dead.id), b"{}")
+        await letters.edit(dead.id, data=b"{}", by="ada", why="their bug")
     sent = undo("1")
-    await letters.edit(dead.id, sent.encode(), by="ada", why="their bug")
+    edited = await letters.edit(dead.id, event=bundle_body([sent.encode()]), by="ada", why="their bug")
+    assert (edited.edited_body, edited.message_id, edited.message_type) == (sent.encode(), sent.id, "refund.card")
+    assert edited.saga_id == (sent.saga and sent.saga.saga_id), "it is in the order of its saga from now on"
     assert [each.refused for each in await replayed(letters)] == [None]
     stage.clock.advance(1)
     assert (await stage.replies.next()).causation_id == sent.id

@@ -14,7 +14,8 @@ from events.database import transaction
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink
 from handlers import Context, Handler, Retry, handles
-from handlers.replay import DeadLetters, Query
+from handlers.letters import Query
+from handlers.replay import DeadLetters
 from handlers.tables import inbox
 from tests.support.flows import (
     PATIENCE,
@@ -192,7 +193,9 @@ async def test_f51_a_message_of_a_newer_version_is_kept_until_the_code_is_there(
     await stage.restart()
     await stage.start(show_newer)
     letters = DeadLetters(stage.engine, clock=stage.clock, ids=stage.ids)
-    assert [each.refused async for each in letters.replay(Query(reason="newer_version"), by="ada")] == [None]
+    assert [each.refused async for each in letters.replay(Query(reason="newer_version"), by="ada", why="deployed")] == [
+        None
+    ]
     await stage.clock.asleep(0.4)
     stage.clock.advance(1)
 
@@ -221,7 +224,7 @@ async def test_f52_an_id_that_comes_with_other_content_is_a_dead_letter(
     assert (letter.reason, letter.body) == ("conflict", second.encode())
     assert "handler.conflict" in {getattr(record, "action", "") for record in caplog.records}
     letters = DeadLetters(stage.engine, clock=stage.clock, ids=stage.ids)
-    [planned] = [planned async for planned in letters.replay(Query(), by="ada", why="")]
+    [planned] = [planned async for planned in letters.replay(Query(), by="ada", why="a test")]
     assert planned.refused is not None
     assert "id of its own" in planned.refused
 

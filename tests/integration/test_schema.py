@@ -42,6 +42,7 @@ TASKS = 6
 ours = {
     "alembic_version",
     "dead_letter",
+    "dead_letter_change",
     "handler_change",
     "handler_process",
     "handler_setting",

@@ -3,6 +3,7 @@
 import time
 from uuid import UUID
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,22 @@ def test_fresh_ids_vary_in_all_random_bits() -> None:
         zeros |= ~each
     random_bits = (0xFFF << 64) | ((1 << 62) - 1)
     assert ones & zeros & random_bits == random_bits
+
+
+def test_ids_made_one_after_another_are_in_order_within_a_millisecond_and_when_the_clock_is_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dead letters of one saga that were written together were replayed in any order."""
+    ids, now = TimeOrderedIds(), 1_800_000_000_000_000_000
+    made = []
+    for step in (0, 0, -5_000_000_000, 1_000_000):
+        monkeypatch.setattr(time, "time_ns", lambda step=step: now + step)
+        made += [ids.new() for _ in range(1000)]
+    assert made == sorted(set(made))
+    assert len(made) == 4000
+    assert {each.version for each in made} == {7}
+    assert {each.variant for each in made} == {"specified in RFC 4122"}
+    assert made[-1].int >> 80 == now // 1_000_000 + 1
 
 
 def test_a_derived_id_is_the_same_every_time_and_in_every_release() -> None:
