@@ -45,6 +45,16 @@ def test_the_example_sells_one_of_two_tickets_for_a_seat() -> None:
     ]
 
 
+def test_the_example_has_one_of_two_large_orders_approved() -> None:
+    command = [sys.executable, "examples/large_order.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert [line.rstrip() for line in run.stdout.splitlines()] == [
+        "1 completed",
+        "2 completed",
+        "3 compensated order_approval declined: too much",
+    ]
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
     assert pages
