@@ -19,7 +19,7 @@ def run(page: Path) -> None:
     exec(compile(code, str(page), "exec", dont_inherit=True), {"__name__": page.stem})
 
 
-@pytest.mark.parametrize("name", ["approvals.md", "first-saga.md", "handlers.md", "sagas.md"])
+@pytest.mark.parametrize("name", ["approvals.md", "first-saga.md", "flows.md", "handlers.md", "sagas.md"])
 def test_a_page_prints_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
