@@ -246,6 +246,8 @@ saga_commands.add_to(sagas)
 sagas.command("versions")(version_commands.list_versions)
 sagas.command("forget-version")(version_commands.forget_version)
 sagas.command("migrate")(version_commands.migrate_sagas)
+sagas.command("export")(version_commands.export_sagas)
+sagas.command("check")(version_commands.check_sagas)
 
 
 @database.command("upgrade")

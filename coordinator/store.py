@@ -179,6 +179,15 @@ class Store:
         query = select(saga_history).where(saga_history.c.saga_id == saga_id).order_by(saga_history.c.revision)
         return await self._read(query)
 
+    async def histories(self, sagas: Sequence[UUID]) -> Mapping[UUID, Sequence[Row[Any]]]:
+        """Return the transitions of several instances, oldest first."""
+        of_them = saga_history.c.saga_id.in_(sagas)
+        query = select(saga_history).where(of_them).order_by(saga_history.c.saga_id, saga_history.c.revision)
+        found: dict[UUID, list[Row[Any]]] = {saga: [] for saga in sagas}
+        for row in await self._read(query):
+            found[row.saga_id].append(row)
+        return found
+
     async def count_by_status(self) -> dict[tuple[str, Status], int]:
         """Return how many instances there are of each saga in each status."""
         columns = (saga_instance.c.saga, saga_instance.c.status)

@@ -57,7 +57,8 @@ def transfer(
         raise NotTransferableError(f"version {new.version} could not go on with it: {draft.reason}")
     decision = draft.finish("migrated", actor=by, why=why)
     after = decision.instance
-    whole = {"state": after.state, "steps": {name: at.to_json() for name, at in after.steps.items()}}
+    steps_now = {name: at.to_json() for name, at in after.steps.items()}
+    whole = {"state": after.state, "steps": steps_now, "turned_back": after.turned_back}
     change = {**decision.entry.change, "version": [old.version, new.version], **whole}
     return replace(decision, entry=replace(decision.entry, change=change))
 

@@ -1,7 +1,9 @@
-"""`coordinator sagas versions|forget-version|migrate`: which versions of sagas there are, and what is left of them."""
+"""`coordinator sagas versions|forget-version|migrate|export|check`: versions of sagas, and what is left of them."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,15 +12,20 @@ from rich.table import Column, Table
 
 from coordinator import process
 from coordinator.app import App
+from coordinator.exports import export, read
 from coordinator.loading import load_app
 from coordinator.migrator import Migrator, Report
 from coordinator.node import open_reading, open_schema
 from coordinator.operator import open_operator
+from coordinator.reruns import Verdict
+from coordinator.search import Query
+from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
 from coordinator.settings import load_settings
 from coordinator.store import Store
 from coordinator.versions import VersionCount, Versions
 from coordinator.views import plain, print_json
 from events.clock import SystemClock
+from events.errors import ConfigurationError
 
 out = Console()
 
@@ -85,6 +92,78 @@ def migrate_sagas(
     print_report(report, dry_run=dry_run, as_json=as_json)
     if report.stay:
         sys.exit(1)
+
+
+def export_sagas(
+    saga: OfSaga = None,
+    status: OfStatus = None,
+    key: OfKey = None,
+    step: OfStep = None,
+    since: Since = None,
+    until: Until = None,
+    where: Where = None,
+) -> None:
+    """Write sagas with all that was decided on, one JSON object a line; by default those that have not ended."""
+    query, settings = query_of(saga, status, key, step, since, until, where), load_settings()
+
+    async def work() -> None:
+        async with open_reading(settings) as engine:
+            async for document in export(Store(engine, SystemClock()), query):
+                print_json(out, document)
+
+    process.run(work())
+
+
+def check_sagas(
+    app: AppReference,
+    file: Annotated[
+        Path | None, typer.Argument(help="what `coordinator sagas export` has written; - for standard input")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="take the sagas of the database that have not ended")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decide again on all that was decided on, with the code at hand; exit code 1 if a saga would go another way."""
+    if live is (file is not None):
+        raise ConfigurationError("say what to check: a file, or --live")
+    if file is not None and str(file) != "-" and not file.is_file():
+        raise ConfigurationError(f"there is no file {file}")
+    loaded, settings = load_app(app), load_settings()
+    process.log_to_stderr("CRITICAL", settings.log_format)  # what the code says is in the result
+    verdict = Verdict()
+
+    async def work() -> None:
+        async with open_reading(settings) as engine:
+            names = {each.name for each in loaded.definitions}
+            async for document in export(Store(engine, SystemClock()), Query()):
+                if document["saga"] in names:
+                    verdict.take(loaded.definitions, document)
+
+    if file is None:
+        process.run(work())
+    else:
+        with sys.stdin if str(file) == "-" else file.open(encoding="utf-8") as lines:
+            for document in read(lines):
+                verdict.take(loaded.definitions, document)
+    print_verdict(verdict, as_json=as_json)
+    if verdict.broken:
+        sys.exit(1)
+
+
+def print_verdict(verdict: Verdict, *, as_json: bool) -> None:
+    """Print how many sagas would go the way that they have gone, and where others would not."""
+    if as_json:
+        broken = [asdict(each) for each in verdict.broken]
+        print_json(out, {"same": verdict.same, "broken": broken, "unclear": verdict.unclear})
+        return
+    out.print(f"{verdict.same} would go the same way, {len(verdict.broken)} would not", highlight=False)
+    if verdict.broken:
+        table = Table("saga", Column("key", overflow="fold"), Column("revision", justify="right"), "was", "now")
+        for each in verdict.broken:
+            name = f"{each.saga} v{each.version}"
+            table.add_row(name, plain(each.key), str(each.revision), each.kind, plain(each.what))
+        out.print(table)
+    for reason, number in verdict.unclear.items():
+        out.print(f"{number} cannot be told: {reason}", highlight=False, markup=False)
 
 
 def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:

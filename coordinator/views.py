@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator import schema
 from coordinator.bulk_acts import Outcome
-from coordinator.instance import Instance, Status, StepState
+from coordinator.instance import Instance, Origin, Status, StepState
 from coordinator.timers import Timer
 
 COLOURS = {
@@ -59,8 +59,7 @@ def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> 
 def print_instance(console: Console, instance: Instance, history: Sequence[Row[Any]], *, as_json: bool) -> None:
     """Print where an instance stands, its steps and its history."""
     if as_json:
-        rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
-        print_json(console, {**_document(instance), "history": rows})
+        print_json(console, document_of(instance, history))
         return
     head = Table.grid(padding=(0, 2))
     head.add_row("saga", f"{instance.saga} version {instance.version}")
@@ -159,13 +158,19 @@ def _status(status: Status) -> Text:
     return Text(status.value, COLOURS[status])
 
 
+def document_of(instance: Instance, history: Sequence[Row[Any]]) -> dict[str, Any]:
+    """Return an instance with its history as plain JSON data."""
+    rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
+    return {**_document(instance), "history": rows}
+
+
 def _document(instance: Instance) -> dict[str, Any]:
     document = {name: getattr(instance, name) for name in Instance.__slots__}
     return {name: _plain_value(value) for name, value in document.items()}
 
 
 def _plain_value(value: Any) -> Any:
-    if isinstance(value, StepState):
+    if isinstance(value, StepState | Origin):
         return value.to_json()
     if isinstance(value, bytes):
         return value.hex()

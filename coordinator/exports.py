@@ -1,0 +1,46 @@
+"""Instances with their recorded inputs, one JSON object a line: to look at, and to decide on again elsewhere."""
+
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+from coordinator.migrator import UNFINISHED
+from coordinator.search import Query
+from coordinator.store import Store
+from coordinator.views import document_of
+from events.errors import ConfigurationError
+
+_PAGE = 200
+
+
+async def export(store: Store, query: Query) -> AsyncIterator[dict[str, Any]]:
+    """Return the instances that are meant, with their histories, oldest first; by default those that have not ended.
+
+    An instance that goes on meanwhile is as it was at one moment, or its history is a little longer than it.
+    """
+    if not query.statuses:
+        query = replace(query, statuses=UNFINISHED)
+    after = UUID(int=0)
+    while page := await store.page(query, limit=_PAGE, after=after):
+        histories = await store.histories([instance.id for instance in page])
+        for instance in page:
+            yield document_of(instance, histories[instance.id])
+        after = page[-1].id
+
+
+def read(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Read what `export` wrote, a line each.
+
+    Raises:
+        ConfigurationError: a line is none of it.
+    """
+    for number, line in enumerate(lines, 1):
+        try:
+            document = json.loads(line)
+        except ValueError as error:
+            raise ConfigurationError(f"line {number} is no JSON: {error}") from error
+        if not isinstance(document, dict) or not {"id", "saga", "version", "state", "history"} <= document.keys():
+            raise ConfigurationError(f"line {number} is no saga; write the file with `coordinator sagas export`")
+        yield document

@@ -1,0 +1,306 @@
+"""Deciding again on what the history has recorded, with the code at hand: does it still say what it said then?
+
+Inputs go through the same `Batch` as at work, but nothing is written. Deadlines are policy: one that has passed then
+passes again, whatever the code says of its length now.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic_core import from_json, to_json
+
+from coordinator.batch import Batch, Ports
+from coordinator.chain import COLUMNS
+from coordinator.decision import Acted, Resolution, Verb
+from coordinator.definition import SagaDefinition
+from coordinator.facts import Facts
+from coordinator.instance import Instance, Origin, Status, StepState
+from coordinator.sagas import Sagas
+from coordinator.waiting import correlations
+from events.codec import BATCH_TYPE, Limits, bundle_body
+from events.envelope import Direction, Envelope, Result, SagaLink
+from events.errors import CoordinatorError, RejectedError
+from events.intake import Intake
+from events.message import Event
+
+Document = Mapping[str, Any]
+
+_ANSWERS = frozenset({"reply", "late_reply", "late_success", "late_failure", "late_undo"})
+_EVENTS = frozenset({"event", "late_event"})
+_VERBS = frozenset(verb.value for verb in Verb)
+_UNLIMITED = Limits(2**31, 2**31)
+
+
+class UnclearError(Exception):
+    """The history of an instance lacks what it takes to decide on it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """Where an instance would go another way than it has gone.
+
+    Attributes:
+        id: the instance,
+        saga: its saga,
+        version: the version that it had then,
+        key: and its business key.
+        revision: the transition that would be another one,
+        kind: and what kind of transition it was.
+        what: what would happen instead.
+    """
+
+    id: str
+    saga: str
+    version: int
+    key: str
+    revision: int
+    kind: str
+    what: str
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """A recorded message, as a bus would deliver it."""
+
+    body: bytes
+    content_type: str | None = BATCH_TYPE
+    content_encoding: str | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    redelivered: bool = False
+
+    async def ack(self) -> None:
+        """There is nobody to tell."""
+
+    async def requeue(self) -> None:
+        """There is no queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OneId:
+    """Names a new instance as it was named then."""
+
+    id: UUID
+
+    def new(self) -> UUID:
+        """Return the id."""
+        return self.id
+
+
+def rerun(definitions: Iterable[SagaDefinition], document: Document) -> Break | None:
+    """Return where an instance would go another way than it has gone, None if nowhere.
+
+    Args:
+        definitions: all versions of all sagas that the code has.
+        document: the instance with its history, as `coordinator sagas export` writes it.
+
+    Raises:
+        UnclearError: its history was not recorded in full.
+    """
+    return _Rerun(definitions, document).run()
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What deciding again has come to.
+
+    Attributes:
+        same: how many instances would go the way that they have gone.
+        broken: those that would not.
+        unclear: how many cannot be told, by reason.
+    """
+
+    same: int = 0
+    broken: list[Break] = field(default_factory=list)
+    unclear: dict[str, int] = field(default_factory=dict)
+
+    def take(self, definitions: Iterable[SagaDefinition], document: Document) -> None:
+        """Decide again on one instance."""
+        try:
+            found = rerun(definitions, document)
+        except UnclearError as error:
+            self.unclear[str(error)] = self.unclear.get(str(error), 0) + 1
+            return
+        if found is None:
+            self.same += 1
+        else:
+            self.broken.append(found)
+
+
+class _Rerun:
+    def __init__(self, definitions: Iterable[SagaDefinition], document: Document) -> None:
+        self._definitions = {(each.name, each.version): each for each in definitions}
+        self._document = document
+        self._id = UUID(document["id"])
+        self._version: int = document["version"]
+        self._instance: Instance | None = None
+
+    def run(self) -> Break | None:
+        rows = self._document["history"]
+        migrated = [number for number, row in enumerate(rows) if row["kind"] == "migrated"]
+        if migrated:  # it tells everything, and what was before it concerns another version
+            self._stand(rows[migrated[-1]])
+            rows = rows[migrated[-1] + 1 :]
+        definition = self._definitions.get((self._document["saga"], self._version))
+        last = self._document["history"][-1]
+        if definition is None:
+            return self._broken(last, f"version {self._version} is not part of this application")
+        sagas = Sagas([definition])
+        for row in rows:
+            try:
+                what = self._again(sagas, row)
+            except RejectedError as error:
+                what = f"it could not be read: {error}"
+            if what:
+                return self._broken(row, what)
+        try:
+            definition.cls.from_state(self._document["state"])
+        except ValueError as error:
+            return self._broken(last, f"its state cannot be read: {error}")
+        return None
+
+    def _broken(self, row: Document, what: str) -> Break:
+        about = self._document
+        return Break(about["id"], about["saga"], self._version, about["key"], row["revision"], row["kind"], what)
+
+    def _stand(self, row: Document) -> None:
+        """Put the instance where a migration has put it."""
+        change = row["change"]
+        self._instance = Instance(
+            id=self._id,
+            saga=self._document["saga"],
+            version=self._version,
+            key=self._document["key"],
+            status=Status(row["status"]),
+            state=change["state"],
+            steps={name: StepState.from_json(at) for name, at in change["steps"].items()},
+            revision=row["revision"],
+            reason=row["reason"],
+            created_at=datetime.fromisoformat(self._document["created_at"]),
+            deadline=_time(self._document.get("deadline")),
+            turned_back=change["turned_back"],
+            origin=Origin.from_json(origin) if (origin := self._document.get("origin")) else None,
+        )
+
+    def _again(self, sagas: Sagas, row: Document) -> str | None:
+        """Decide on the input of a row again; return in words how what follows differs from what did."""
+        at = datetime.fromisoformat(row["at"])
+        ports = Ports("/rerun", lambda: at, lambda: at, _OneId(self._id))
+        kind, envelope = row["kind"], self._message(row)
+        batch = Batch(sagas, ports, self._facts(sagas, row, envelope))
+        if envelope is not None:
+            [item] = Intake(_UNLIMITED).read(_Delivery(bundle_body([envelope.encode()])))
+            batch.take(item)
+        elif self._instance is None:
+            raise UnclearError(f"its history begins with {kind}")
+        elif kind == "deadline":
+            batch.elapse(self._instance)
+        elif kind == "given_up":
+            batch.stop(self._instance, row["reason"])
+        elif kind in _VERBS:
+            refused = batch.act(self._id, _act(row, at))
+            if isinstance(refused, CoordinatorError):
+                return f"it would be refused: {refused}"
+        else:
+            raise UnclearError(f"nobody here knows how to decide on {kind} again")
+        if batch.letters:
+            letter = batch.letters[0]
+            return f"it could not be taken: {letter.reason}: {letter.detail}"
+        if not batch.history:
+            return "nothing would follow from it"
+        [after] = batch.new.values() if self._instance is None else [batch.current[self._id]]
+        if after.key != self._document["key"]:
+            return f"its business key would be {after.key!r}"
+        self._instance = self._with_times(after, row)
+        now = dict(zip((*COLUMNS, "hash"), batch.history[0], strict=True))
+        return _difference(row, {**now, "change": from_json(now["change"]), "sent": from_json(now["sent"])})
+
+    def _message(self, row: Document) -> Envelope | None:
+        """Return the message that was decided on, as it came; None where it was none."""
+        kind, given = row["kind"], row["input"]
+        if kind != "started" and kind not in _ANSWERS and kind not in _EVENTS:
+            return None
+        if given is None:
+            raise UnclearError(f"what was decided on in revision {row['revision']} was not recorded")
+        envelope = Envelope(row["message_id"], given["source"], given["type"], given["version"], to_json(given["data"]))
+        if kind in _ANSWERS:
+            about = Direction(row["direction"]), row["attempt"], Result(row["result"])
+            envelope.saga = SagaLink(self._id, row["step"], *about)
+        elif kind == "started" and self._document.get("origin"):
+            origin = Origin.from_json(self._document["origin"])
+            envelope.saga = SagaLink(origin.saga_id, origin.step, Direction.DO, origin.attempt)
+            envelope.reply_to = origin.reply_to
+        return envelope
+
+    def _facts(self, sagas: Sagas, row: Document, envelope: Envelope | None) -> Facts:
+        loaded = {} if self._instance is None else {self._id: self._instance}
+        if envelope is None or row["kind"] not in _EVENTS:
+            return Facts(loaded)
+        event = sagas.registry.read(envelope)
+        if not isinstance(event, Event):
+            raise UnclearError(f"{envelope.type} is no event")
+        found = correlations(sagas.awaited.get(envelope.type, []), event)
+        standing = {each.id: [(self._id, row["step"])] for each in found if each.wait.name == row["step"]}
+        return Facts(loaded, standing)
+
+    def _with_times(self, instance: Instance, row: Document) -> Instance:
+        """Return the instance with the deadlines that it had then."""
+        recorded = row["change"].get("steps", {})
+        steps = {
+            name: replace(at, due_at=_time(recorded[name].get("due_at"))) if name in recorded else at
+            for name, at in instance.steps.items()
+        }
+        moved = any("deadline" in each["change"] for each in self._document["history"])
+        deadline = instance.deadline if moved else _time(self._document.get("deadline"))
+        return replace(instance, steps=steps, due_at=None, deadline=deadline)
+
+
+def _act(row: Document, at: datetime) -> Acted:
+    said = dict(row["input"] or {})
+    until, resolution = _time(said.pop("until", None)), said.pop("resolution", None)
+    resolved = Resolution(resolution) if resolution else None
+    return Acted(Verb(row["kind"]), row["actor"], row["why"], at, row["step"], until, resolution=resolved, **said)
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def _difference(then: Document, now: Document) -> str | None:
+    """Return in words what differs between two transitions, None if nothing does that matters."""
+    if now["status"] != then["status"]:
+        because = f" ({now['reason']})" if now["reason"] else ""
+        return f"the saga would be {now['status']}{because}, not {then['status']}"
+    sent_then, sent_now = _sent(then), _sent(now)
+    if sent_then != sent_now:
+        return f"it would send {_words(sent_now)}, not {_words(sent_then)}"
+    if now["kind"] != then["kind"]:
+        return f"it would be taken as {now['kind']}, not as {then['kind']}"
+    for part in ("state", "steps"):
+        before, after = _without_times(then["change"].get(part, {})), _without_times(now["change"].get(part, {}))
+        for name in sorted({*before, *after}):
+            if before.get(name) != after.get(name):
+                return f"{part[:5]} {name} would be {_shown(after.get(name))}, not {_shown(before.get(name))}"
+    return None
+
+
+def _sent(row: Document) -> list[str]:
+    return sorted(f"{each['type']} for {each['step']}" if "step" in each else each["type"] for each in row["sent"])
+
+
+def _words(sent: list[str]) -> str:
+    return ", ".join(sent) or "nothing"
+
+
+def _shown(value: Any) -> str:
+    return "as it was" if value is None else to_json(value).decode()
+
+
+def _without_times(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave deadlines out: they are policy."""
+    return {
+        name: {key: value for key, value in at.items() if key != "due_at"} if isinstance(at, dict) else at
+        for name, at in parts.items()
+    }

@@ -1,0 +1,247 @@
+"""Recorded sagas, decided on again by the code that they were recorded with, and by code that has changed since."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import pytest
+
+from coordinator import Saga, migrates, parallel, sequence, starts_on, step
+from coordinator.decision import Verb
+from coordinator.exports import export, read
+from coordinator.instance import Status
+from coordinator.operator import Operator
+from coordinator.reruns import Break, UnclearError, Verdict, rerun
+from coordinator.search import Query
+from events.envelope import Direction, Result
+from events.errors import ConfigurationError
+from tests.support.engines import Coordinator, World, envelope_of, open_world, reply, wanted
+from tests.support.sagas import BookFlight, BookHotel, CancelHotel, FlightBooked, FlightFull, PayTrip, Trip, TripWanted
+from tests.unit.test_fan_out import Delivery, Labelled
+from tests.unit.test_fan_out import Ordered as Parcels
+from tests.unit.test_waits import Ordered, Paid, Prepaid
+
+ALL = Query(statuses=tuple(Status))
+
+
+class Taken(Trip, name="trip", version=2):
+    """The next version, to which some are taken over."""
+
+    @migrates(1)
+    @classmethod
+    def taken_over(cls, old: Trip) -> Self:
+        return cls.from_state(old.to_state())
+
+
+@pytest.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    async with open_world(database_url) as opened:
+        yield opened
+
+
+async def documents(coordinator: Coordinator) -> list[dict[str, Any]]:
+    """What an export holds, through the letters that it is written with."""
+    found = [json.dumps(document) async for document in export(coordinator.store, ALL)]
+    return list(read(found))
+
+
+def verdict(documents: list[dict[str, Any]], *sagas: type[Saga]) -> Verdict:
+    made = Verdict()
+    for document in documents:
+        made.take([saga.definition for saga in sagas], document)
+    return made
+
+
+async def lived(world: World) -> list[dict[str, Any]]:
+    """Sagas that have lived through all sorts of things."""
+    coordinator = await world.coordinator(Trip, retired=[Taken])
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
+    await coordinator.take(wanted("moved"))
+    moved = (await world.instance("moved")).id
+    await coordinator.take(reply(moved, "hotel"))
+    await operator.migrate("trip", 2, by="ada", why="a test")
+    await coordinator.take(reply(moved, "flight", FlightBooked(ticket="t-8")))
+
+    keys = ["new", "booked", "full", "silent", "cancelled", "unknown", "broken"]
+    await coordinator.take(*(wanted(key, "flight") if key == "broken" else wanted(key) for key in keys))
+    ids = {key: (await world.instance(key)).id for key in keys}
+    await coordinator.take(*(reply(ids[key], "hotel") for key in keys if key not in ("new", "silent")))
+    await coordinator.take(
+        reply(ids["booked"], "flight", FlightBooked(ticket="t-9")),
+        reply(ids["full"], "flight", FlightFull(trip="full", reason="nobody flies"), Result.DECLINED),
+    )
+    await coordinator.take(
+        reply(ids["full"], "hotel", direction=Direction.UNDO), reply(ids["full"], "hotel"), reply(ids["booked"], "no")
+    )
+    await operator.act(ids["cancelled"], Verb.CANCEL, by="ada", why="a test")
+    for _ in range(12):
+        world.clock.advance(25)
+        while await coordinator.engine.fire_timers():
+            pass
+    return await documents(coordinator)
+
+
+async def test_the_code_that_has_decided_decides_the_same_again(world: World) -> None:
+    recorded = await lived(world)
+    made = verdict(recorded, Trip, Taken)
+    assert (made.same, made.broken, made.unclear) == (8, [], {})
+    kinds = {row["kind"] for document in recorded for row in document["history"]}
+    assert kinds >= {"started", "reply", "late_reply", "deadline", "cancel", "migrated"}
+
+
+class Cheaper(Trip, name="trip"):
+    """Another command for the flight."""
+
+    @step(timeout=20, resends=2)
+    def flight(self) -> PayTrip:
+        return PayTrip(trip=self.trip)
+
+    flow = sequence(Trip.hotel, flight, Trip.payment)
+
+
+class Slower(Trip, name="trip"):
+    """Only deadlines have changed."""
+
+    @step(timeout=1000)
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip)
+
+    @hotel.compensation(timeout=5, resends=1)
+    def cancel_hotel(self) -> CancelHotel:
+        return CancelHotel(trip=self.trip)
+
+    flow = sequence(hotel, Trip.flight, Trip.payment)
+
+
+class Forgetful(Trip, name="trip"):
+    """The ticket is not kept any more."""
+
+    @step(timeout=20, resends=2)
+    def flight(self) -> BookFlight:
+        return BookFlight(trip=self.trip)
+
+    @flight.succeeded
+    def booked(self, outcome: FlightBooked) -> None:
+        assert outcome.ticket
+
+    @flight.compensation
+    def cancel_flight(self) -> CancelHotel:
+        return CancelHotel(trip=self.trip)
+
+    flow = sequence(Trip.hotel, flight, Trip.payment)
+
+
+class Strict(Trip, name="trip"):
+    """A method raises that did not."""
+
+    @step(timeout=20)
+    def flight(self) -> BookFlight:
+        raise ValueError("no flights today")
+
+    flow = sequence(Trip.hotel, flight, Trip.payment)
+
+
+class Eager(Trip, name="trip"):
+    flow = sequence(parallel(Trip.hotel, Trip.flight, Trip.payment))
+
+
+class Otherwise(Saga, name="trip"):
+    """Its state has another field."""
+
+    name: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(name=event.trip)
+
+    @step(timeout=10)
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.name)
+
+    flow = sequence(hotel)
+
+
+class Keyed(Trip, name="trip"):
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(trip=f"trip {event.trip}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "revision", "what"),
+    [
+        (Cheaper, 2, "it would send pay.trip for flight, not book.flight for flight"),
+        (Forgetful, 3, 'state ticket would be as it was, not "t-9"'),
+        (Eager, 1, "it would send book.flight for flight, book.hotel for hotel, pay.trip for payment, not book.hotel"),
+        (Strict, 2, "the saga would be compensating (flight could not be asked for: flight raised ValueError("),
+        (Otherwise, 1, "state faults would be as it was, not []"),
+        (Keyed, 1, "its business key would be 'trip booked'"),
+    ],
+)
+async def test_changed_code_is_told_where_a_saga_would_go_another_way_and_how(
+    database_url: str, changed: type[Saga], revision: int, what: str
+) -> None:
+    async with open_world(database_url) as world:
+        coordinator = await world.coordinator()
+        await coordinator.take(wanted("booked"))
+        saga = (await world.instance("booked")).id
+        await coordinator.take(reply(saga, "hotel"), reply(saga, "flight", FlightBooked(ticket="t-9")))
+        [document] = await documents(coordinator)
+    found = rerun([changed.definition], document)
+    assert isinstance(found, Break)
+    assert (found.id, found.key, found.version, found.revision) == (str(saga), "booked", 1, revision)
+    assert found.what.startswith(what)
+
+
+async def test_deadlines_may_change_without_a_break(world: World) -> None:
+    recorded = await lived(world)
+    assert verdict(recorded, Slower, Taken).broken == []
+
+
+async def test_a_version_that_is_gone_is_a_break(world: World) -> None:
+    made = verdict(await lived(world), Trip)
+    assert made.same == 7
+    assert [(each.key, each.what) for each in made.broken] == [("moved", "version 2 is not part of this application")]
+
+
+async def test_events_that_were_waited_for_are_decided_on_again(world: World) -> None:
+    coordinator = await world.coordinator(Prepaid)
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+    await coordinator.take(reply((await world.instance("o-1")).id, "reserve"))
+    await coordinator.take(envelope_of(Paid(order="o-1", payment="p-1")))
+    recorded = await documents(coordinator)
+    assert [row["kind"] for row in recorded[0]["history"]] == ["started", "reply", "event"]
+    made = verdict(recorded, Prepaid)
+    assert (made.same, made.broken, made.unclear) == (1, [], {})
+
+
+async def test_items_are_decided_on_again(world: World) -> None:
+    coordinator = await world.coordinator(Delivery)
+    await coordinator.take(envelope_of(Parcels(order="o-1", parcels=3)))
+    saga = (await world.instance("o-1")).id
+    await coordinator.take(reply(saga, "pick"))
+    for number in range(3):
+        await coordinator.take(reply(saga, f"ship[{number}]", Labelled(label=str(number))))
+    assert (await world.instance("o-1")).status is Status.COMPLETED
+    made = verdict(await documents(coordinator), Delivery)
+    assert (made.same, made.broken, made.unclear) == (1, [], {})
+
+
+async def test_a_history_that_was_not_recorded_in_full_is_not_judged(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted())
+    [document] = await documents(coordinator)
+    document["history"][0]["input"] = None
+    with pytest.raises(UnclearError, match="what was decided on in revision 1 was not recorded"):
+        rerun([Trip.definition], document)
+    made = verdict([document, document], Trip)
+    assert made.unclear == {"what was decided on in revision 1 was not recorded": 2}
+
+
+def test_a_file_that_is_no_export_is_refused_with_its_line() -> None:
+    with pytest.raises(ConfigurationError, match="line 1 is no JSON"):
+        list(read(["{"]))
+    with pytest.raises(ConfigurationError, match="line 1 is no saga; write the file with `coordinator sagas export`"):
+        list(read(['{"id": 1}']))
