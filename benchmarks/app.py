@@ -1,9 +1,9 @@
-"""The application that is measured: a saga of three steps whose handlers do nothing but answer."""
+"""The application that is measured: sagas whose handlers do nothing but answer."""
 
 from typing import Self
 from uuid import UUID
 
-from coordinator import App, Saga, completed, sequence, starts_on, step
+from coordinator import App, Saga, completed, each, parallel, sequence, starts_on, step
 from events import Command, Event, Reply
 from handlers import handles
 
@@ -11,6 +11,15 @@ from handlers import handles
 class OrderPlaced(Event):
     order_id: UUID
     amount: int
+
+
+class BasketPlaced(Event):
+    order_id: UUID
+
+
+class BulkPlaced(Event):
+    order_id: UUID
+    parcels: int
 
 
 class OrderCompleted(Event):
@@ -112,8 +121,54 @@ class ThreeSteps(Saga):
         return OrderCompleted(order_id=self.order_id) if self.amount == 0 else None
 
 
+class SideBySide(Saga):
+    """The same three steps, at the same time."""
+
+    order_id: UUID
+
+    @starts_on(BasketPlaced)
+    @classmethod
+    def placed(cls, event: BasketPlaced) -> Self:
+        return cls(order_id=event.order_id)
+
+    @step
+    def reserve(self) -> ReserveStock:
+        return ReserveStock(order_id=self.order_id)
+
+    @step
+    def charge(self) -> ChargeCard:
+        return ChargeCard(order_id=self.order_id, amount=1)
+
+    @step
+    def ship(self) -> ShipOrder:
+        return ShipOrder(order_id=self.order_id)
+
+    flow = parallel(reserve, charge, ship)
+
+
+class Bulk(Saga):
+    """One step for each of many items."""
+
+    order_id: UUID
+    parcels: int
+
+    @starts_on(BulkPlaced)
+    @classmethod
+    def placed(cls, event: BulkPlaced) -> Self:
+        return cls(order_id=event.order_id, parcels=event.parcels)
+
+    def all_parcels(self) -> list[int]:
+        return list(range(self.parcels))
+
+    @step(timeout=3600)
+    def ship(self, item: int) -> ShipOrder:
+        return ShipOrder(order_id=UUID(int=self.order_id.int ^ item))
+
+    flow = sequence(each(all_parcels, ship, limit=500))
+
+
 app = App(
     "benchmark",
-    sagas=[ThreeSteps],
+    sagas=[ThreeSteps, SideBySide, Bulk],
     handlers=[reserve_stock, release_stock, charge_card, refund_card, ship_order],
 )

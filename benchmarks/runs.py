@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 
@@ -22,6 +23,7 @@ from events.clock import SystemClock
 from events.codec import Limits
 from events.envelope import wrap
 from events.ids import TimeOrderedIds
+from events.message import Event
 from events.outbox import Outbound, route
 from events.publisher import Publisher
 from events.relay import Entry, bundled
@@ -41,9 +43,9 @@ def settings(broker_url: str, database_url: str) -> Settings:
 async def throughput_embedded(folder: Path, sagas: int) -> Throughput:
     """One process does everything, in one SQLite file."""
     async with Node(app, settings("embedded:", f"sqlite:///{folder / 'throughput.db'}")) as node:
-        await _pass_through(node.bus, node.store, sagas // 10)
+        await pass_through(node.bus, node.store, sagas // 10)
         cpu, start = time.process_time(), time.perf_counter()
-        await _pass_through(node.bus, node.store, sagas)
+        await pass_through(node.bus, node.store, sagas)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return Throughput("embedded, SQLite, one process", sagas, sagas / seconds, {"all": cpu / sagas * 1000}, loop_ns())
 
@@ -51,16 +53,16 @@ async def throughput_embedded(folder: Path, sagas: int) -> Throughput:
 async def throughput_servers(amqp_url: str, pg_url: str, sagas: int) -> Throughput:
     """A coordinator process and a handler process, as an operator starts them."""
     chosen = settings(amqp_url, pg_url)
-    with _processes(chosen, ("coordinator", "handlers")) as processes:
+    with processes(chosen, ("coordinator", "handlers")) as started:
         async with open_schema(chosen) as engine, open_bus(chosen, engine, application="benchmark") as (bus, _):
             store = Store(engine, _clock)
-            await _pass_through(bus, store, sagas // 10)
-            before = [_cpu(process) for process in processes.values()]
+            await pass_through(bus, store, sagas // 10)
+            before = [_cpu(process) for process in started.values()]
             start = time.perf_counter()
-            await _pass_through(bus, store, sagas)
+            await pass_through(bus, store, sagas)
             seconds = time.perf_counter() - start
-            used = [_cpu(process) - cpu for process, cpu in zip(processes.values(), before, strict=True)]
-    cpu = {name: value / sagas * 1000 for name, value in zip(processes, used, strict=True)}
+            used = [_cpu(process) - cpu for process, cpu in zip(started.values(), before, strict=True)]
+    cpu = {name: value / sagas * 1000 for name, value in zip(started, used, strict=True)}
     return Throughput("RabbitMQ quorum queues + PostgreSQL, two processes", sagas, sagas / seconds, cpu, loop_ns())
 
 
@@ -73,7 +75,7 @@ async def latency_embedded(folder: Path, sagas: int) -> Latency:
 
 async def latency_servers(amqp_url: str, pg_url: str, sagas: int) -> Latency:
     chosen = settings(amqp_url, pg_url)
-    with _processes(chosen, ("coordinator", "handlers")):
+    with processes(chosen, ("coordinator", "handlers")):
         async with open_schema(chosen) as engine, open_bus(chosen, engine, application="benchmark") as (bus, _):
             delivery = await floor.delivery(amqp_url, sagas)
             commit = await floor.commit_postgres(pg_url, sagas)
@@ -87,10 +89,10 @@ def _latency(setup: str, times: Sequence[float], delivery: Milliseconds | None, 
     return Latency(setup, len(times), saga, delivery, commit, round(least, 2), round(saga.p50 / least, 2), loop_ns())
 
 
-async def _pass_through(bus: Bus, store: Store, sagas: int) -> None:
+async def pass_through(bus: Bus, store: Store, sagas: int, kind: Callable[[UUID], Event] | None = None) -> None:
     """Publish start events in bundles, as a relay would, and wait until their sagas have ended."""
     before = sum((await store.count_by_status()).values())
-    errors = await bus.publish(_starts(sagas))
+    errors = await bus.publish(_starts(sagas, kind or (lambda order: OrderPlaced(order_id=order, amount=1))))
     if failed := [error for error in errors if error]:
         raise failed[0]
     # To count all is to read all, which would be measured, too: only when nothing is in flight any more.
@@ -98,10 +100,10 @@ async def _pass_through(bus: Bus, store: Store, sagas: int) -> None:
         await _clock.sleep(0.1)
 
 
-def _starts(sagas: int) -> list[Outgoing]:
+def _starts(sagas: int, kind: Callable[[UUID], Event]) -> list[Outgoing]:
     entries = []
     for _ in range(sagas):
-        event = OrderPlaced(order_id=_ids.new(), amount=1)
+        event = kind(_ids.new())
         envelope = wrap(event, id=str(_ids.new()), source="/benchmark", time=_clock.now())
         outbound = Outbound(envelope, route(event))
         entries.append(Entry(_ids.new(), outbound.address, 64, outbound.encode(Limits()), None, None))
@@ -144,25 +146,25 @@ async def _told(bus: Bus) -> AsyncIterator[asyncio.Queue[None]]:
 
 
 @contextmanager
-def _processes(chosen: Settings, parts: Sequence[str]) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def processes(chosen: Settings, parts: Sequence[str]) -> Iterator[dict[str, subprocess.Popen[str]]]:
     environment = {
         **os.environ,
         "COORDINATOR_BROKER_URL": chosen.broker_url.get_secret_value(),
         "COORDINATOR_DATABASE_URL": chosen.database_url.get_secret_value(),
         "COORDINATOR_LOG_LEVEL": "WARNING",
     }
-    processes: dict[str, subprocess.Popen[str]] = {}
+    started: dict[str, subprocess.Popen[str]] = {}
     with ExitStack() as stack:
         for part in parts:
             command = [*_COMMAND, "run", "benchmarks.app:app", "--only", part]
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
             stack.enter_context(process)
             stack.callback(process.terminate)
-            processes[part] = process
-        for part, process in processes.items():
+            started[part] = process
+        for part, process in started.items():
             if not process.stdout or "running" not in process.stdout.readline():
                 raise RuntimeError(f"the {part} process did not start")
-        yield processes
+        yield started
 
 
 def _cpu(process: subprocess.Popen[str]) -> float:
