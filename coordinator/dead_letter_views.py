@@ -7,13 +7,14 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from coordinator.redaction import redacted, redacted_text
-from coordinator.views import plain, print_json
+from coordinator.views import print_json
 from handlers.letters import Change, Group, Letter, Replay
-from handlers.replay import Planned
+from handlers.replay_plan import Planned
+
+_NOTHING = "there is no such dead letter"
 
 
 def print_letters(console: Console, found: Sequence[Letter], *, as_json: bool) -> None:
@@ -21,18 +22,19 @@ def print_letters(console: Console, found: Sequence[Letter], *, as_json: bool) -
     if as_json:
         print_json(console, {"letters": [_document(each) for each in found]})
         return
-    table = Table(_id_column(), "handler", "message", "reason", "tries", "dead since", "error")
-    for each in found:
-        row = (
+    rows = [
+        (
+            str(each.id),
             each.consumer,
-            each.message_type or "",
+            each.message_type or "?",
             each.reason,
             str(each.attempts),
             _time(each.dead_at),
             redacted_text(each.summary),
         )
-        table.add_row(str(each.id), *(plain(cell) for cell in row))
-    console.print(table)
+        for each in found
+    ]
+    _print_columns(console, ("id", "handler", "message", "reason", "tries", "dead since", "error"), rows)
 
 
 def print_groups(console: Console, found: Sequence[Group], *, as_json: bool) -> None:
@@ -40,28 +42,31 @@ def print_groups(console: Console, found: Sequence[Group], *, as_json: bool) -> 
     if as_json:
         print_json(console, {"groups": [_group(each) for each in found]})
         return
-    table = Table(
-        Column("fingerprint", no_wrap=True),
-        "handler",
-        "reason",
-        Column("letters", justify="right"),
-        "from",
-        "to",
-        "error",
-    )
-    for each in found:
-        first, last = _time(each.first_at), _time(each.last_at)
-        row = (
+    rows = [
+        (
             each.fingerprint,
             each.consumer,
             each.reason,
             str(each.count),
-            first,
-            last,
+            _time(each.first_at),
+            _time(each.last_at),
             redacted_text(each.example.summary),
         )
-        table.add_row(*(plain(cell) for cell in row))
-    console.print(table)
+        for each in found
+    ]
+    _print_columns(console, ("fingerprint", "handler", "reason", "letters", "from", "to", "error"), rows)
+
+
+def _print_columns(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows one a line, however wide the terminal is: what is cut off an error or an id is of no use."""
+    if not rows:
+        console.print(_NOTHING, highlight=False)
+        return
+    escaped = [names, *([_escaped(cell).plain for cell in row] for row in rows)]
+    widths = [max(len(row[at]) for row in escaped) for at in range(len(names) - 1)]
+    for row in escaped:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        console.print(Text("  ".join((*cells, row[-1]))), soft_wrap=True)
 
 
 def print_letter(
@@ -146,7 +151,7 @@ class PlanPrinter:
             self._console.file.write(f"{begin}], {json.dumps(totals)[1:]}\n")
             return
         if self._replayed + self.refused == 0:
-            self._console.print("no dead letter is meant by that; see `coordinator dead-letters list`", highlight=False)
+            self._console.print(_NOTHING, highlight=False)
         verb = "would be replayed" if self._dry_run else "replayed"
         self._console.print(f"{self._replayed} {verb}, {self.refused} not", highlight=False)
         if self._held:
@@ -163,10 +168,6 @@ def _plan_document(planned: Planned) -> dict[str, Any]:
         "behind": str(planned.behind) if planned.behind else None,
         "held_by": str(planned.held_by) if planned.held_by else None,
     }
-
-
-def _id_column() -> Column:
-    return Column("id", no_wrap=True, min_width=36)
 
 
 def _said(planned: Planned) -> str:

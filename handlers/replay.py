@@ -5,7 +5,7 @@ same event id. Letters of one saga are replayed in their order: each waits until
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -13,12 +13,11 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from events.bulk import Lookup
-from events.bus import Address, Exchange
 from events.clock import Clock
 from events.codec import Limits, Readable
 from events.database import transaction
-from events.dead_letters import BUS, CONFLICT, COORDINATOR, DEAD
-from events.envelope import Direction, Envelope
+from events.dead_letters import BUS, COORDINATOR, DEAD
+from events.envelope import Envelope
 from events.errors import ConfigurationError
 from events.ids import Ids
 from events.message import DEFAULT_BUNDLE
@@ -30,45 +29,13 @@ from handlers.letter_changes import Act, refuse_silence
 from handlers.letter_edits import Consumers, check, whole_event, with_data
 from handlers.letters import DISCARDED, EDITED, REPLAYED, Letter, Letters, Query
 from handlers.operations import Operations
+from handlers.replay_plan import WAITS, Planned, Planner, address_of
 from handlers.retries import Retries, Waiting
 from handlers.tables import inbox, retry
 
 _PAGE = 100  # letters with their bodies
-_GONE_ON = "its saga was told that it failed and has gone on; what it would do now was, or will be, undone"
-_TAKEN = "another message with its id was handled; publish it under an id of its own"
-_UNKNOWN_WAY = "it is not known where it was sent to"
-_WAITS = "its message waits to be tried already"
-_HANDLED = "its message was handled after it had died"
-_NOT_RUNNING = (
-    "no process runs its handler {}: start one, or name the application that has it (--app); if nobody has it any more,"
-    " discard the letter"
-)
-_REMOVED = "the application has no handler {}: name the one that has it, or discard the letter"
 _SETTLED = "it is {0.status}, by {0.settled_by}; only what is dead can be {1}"
-_waiting = Lookup(retry, "message_key", "consumer", key="message_key")
-_handled = Lookup(inbox, "message_key", "consumer", "handled_at", key="message_key")
 _stored = Lookup(retry, "id", key="id")
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What a replay does with a letter.
-
-    Attributes:
-        letter: the letter.
-        refused: why it is not replayed, if it is not.
-        after: the seconds after which it is due.
-        behind: the older letter of its saga behind which it waits.
-        held_by: an older letter of its saga that cannot be replayed: this one waits until that is discarded.
-        envelope: its message.
-    """
-
-    letter: Letter
-    refused: str | None = None
-    after: float = 0.0
-    behind: UUID | None = None
-    held_by: UUID | None = None
-    envelope: Envelope | None = None
 
 
 class DeadLetters(Letters):
@@ -109,7 +76,7 @@ class DeadLetters(Letters):
         """
         _check(rate)
         await self._retries.clock.calibrate()
-        known, newest = await self._known(), await self._newest(query)
+        planner, newest = await self._planner(), await self._newest(query)
         number, last = 0, UUID(int=0)
         missing = set(query.ids or ())
         while last < newest:
@@ -117,7 +84,7 @@ class DeadLetters(Letters):
                 where = _page_of(query, last, newest)
                 statement = dead_letter.select().where(where).order_by(dead_letter.c.id).limit(_PAGE)
                 letters = [Letter.of(row) for row in (await connection.execute(statement)).mappings()]
-                page = await self._plan(connection, letters, known, number, rate)
+                page = await planner.plan(connection, letters, number, rate)
             for planned in page:
                 yield planned
             number += sum(planned.refused is None for planned in page)
@@ -140,13 +107,13 @@ class DeadLetters(Letters):
         await self._retries.clock.calibrate()
         begun = self._retries.clock.now()
         act = self._act(REPLAYED, by, why)
-        known, newest = await self._known(), await self._newest(query)
+        planner, newest = await self._planner(), await self._newest(query)
         number, last = 0, UUID(int=0)
         missing = set(query.ids or ())
         while last < newest:
             async with transaction(self._engine) as connection:
                 letters = await letter_changes.lock(connection, _page_of(query, last, newest), _PAGE)
-                page = await self._plan(connection, letters, known, number, rate)
+                page = await planner.plan(connection, letters, number, rate)
                 page = await self._send_back(connection, page, begun)
                 replayed = [planned.letter.id for planned in page if planned.refused is None]
                 await act.record(connection, replayed, status=REPLAYED)
@@ -158,11 +125,11 @@ class DeadLetters(Letters):
         async for planned in self._settled(missing):
             yield planned
 
-    async def _known(self) -> frozenset[str]:
-        """Return the names of those who can take letters."""
+    async def _planner(self) -> Planner:
         if self._consumers is not None:
-            return frozenset(self._consumers)
-        return await self._operations.known(self._retries.clock.now()) | {BUS, COORDINATOR}
+            return Planner(frozenset(self._consumers), running=False, limits=self._limits)
+        running = await self._operations.known(self._retries.clock.now())
+        return Planner(running | {BUS, COORDINATOR}, running=True, limits=self._limits)
 
     async def _newest(self, query: Query) -> UUID:
         """Return the last letter that there is now: those that die from now on are not meant."""
@@ -175,102 +142,6 @@ class DeadLetters(Letters):
         for letter in [await self.get(each) for each in sorted(ids)]:
             yield Planned(letter, _SETTLED.format(letter, "replayed"))
 
-    async def _plan(
-        self,
-        connection: AsyncConnection,
-        letters: Sequence[Letter],
-        known: frozenset[str],
-        number: int,
-        rate: float | None,
-    ) -> list[Planned]:
-        judged = [self._judge(letter, known) for letter in letters]
-        sagas = {each.letter.saga_id for each in judged if each.refused is None and each.letter.saga_id}
-        older = await self._unhandled_of_sagas(connection, sagas, letters[-1].id, known) if sagas else {}
-        page = []
-        for each in await self._without_known(connection, judged):
-            planned = self._in_order(each, older)
-            if planned.refused is None:
-                planned = replace(planned, after=number / rate if rate else 0.0)
-                number += 1
-            page.append(planned)
-        return page
-
-    def _in_order(self, planned: Planned, older: dict[UUID, dict[UUID, bool]]) -> Planned:
-        letter = planned.letter
-        if planned.refused is not None or letter.saga_id is None:
-            return planned
-        before = {each: stays for each, stays in older.get(letter.saga_id, {}).items() if each < letter.id}
-        behind = max(before, default=None)
-        if letter.consumer == BUS and behind is not None:  # once sent it would wait for nobody
-            return replace(planned, refused=f"letter {behind} of its saga is to be handled, or discarded, before it")
-        return replace(
-            planned, behind=behind, held_by=max((each for each, stays in before.items() if stays), default=None)
-        )
-
-    async def _without_known(self, connection: AsyncConnection, judged: Sequence[Planned]) -> list[Planned]:
-        """Refuse those whose message waits already, or was handled since."""
-        keys = [each.envelope.key for each in judged if each.envelope is not None]
-        waiting = {tuple(row) for row in await _waiting.find(connection, keys)} if keys else set()
-        handled: dict[tuple[UUID, str], datetime] = {}
-        for key, consumer, at in await _handled.find(connection, keys) if keys else ():
-            handled[key, consumer] = at
-        page = []
-        for each in judged:
-            letter, envelope = each.letter, each.envelope
-            if each.refused is None and envelope is not None and letter.consumer != BUS:
-                names = [(envelope.key, name) for name in (letter.consumer, OF_SAGAS)]
-                since = any(name in handled and handled[name] > letter.dead_at for name in names)
-                if names[0] in waiting:
-                    page.append(replace(each, refused=_WAITS))
-                    continue
-                if since and letter.consumer != COORDINATOR and not letter.was_given_up_by_broker:
-                    page.append(replace(each, refused=_HANDLED))
-                    continue
-                waiting.add(names[0])
-            page.append(each)
-        return page
-
-    async def _unhandled_of_sagas(
-        self, connection: AsyncConnection, sagas: set[UUID], last: UUID, known: frozenset[str]
-    ) -> dict[UUID, dict[UUID, bool]]:
-        """Return the letters of `sagas` that are dead or being replayed, and whether each cannot be replayed."""
-        found: dict[UUID, dict[UUID, bool]] = {saga: {} for saga in sagas}
-        columns = dead_letter.c
-        first = UUID(int=0)
-        while True:
-            where = columns.saga_id.in_(sagas), columns.status == DEAD, columns.id > first, columns.id < last
-            statement = dead_letter.select().where(*where).order_by(columns.id).limit(_PAGE)
-            letters = [Letter.of(row) for row in (await connection.execute(statement)).mappings()]
-            for letter in letters:
-                if letter.saga_id is not None:
-                    found[letter.saga_id][letter.id] = self._judge(letter, known).refused is not None
-            if len(letters) < _PAGE:
-                break
-            first = letters[-1].id
-        waits = retry.c.saga_id.in_(sagas), retry.c.dead_letter_id.is_not(None)
-        for saga_id, replayed in await connection.execute(
-            select(retry.c.saga_id, retry.c.dead_letter_id).where(*waits)
-        ):
-            found[saga_id].setdefault(replayed, False)
-        return found
-
-    def _judge(self, letter: Letter, known: frozenset[str]) -> Planned:
-        if letter.consumer == BUS and _address(letter) is None:
-            return Planned(letter, _UNKNOWN_WAY)
-        if letter.reason == CONFLICT:
-            return Planned(letter, _TAKEN)
-        if letter.consumer not in known:
-            return Planned(letter, (_NOT_RUNNING if self._consumers is None else _REMOVED).format(letter.consumer))
-        parts = letter.read(self._limits)
-        part = parts[0]
-        if len(parts) > 1 or not isinstance(part, Readable):
-            why = "it holds several messages" if isinstance(part, Readable) else str(part.error)
-            return Planned(letter, f"it cannot be read: {why}; edit it first")
-        saga = part.envelope.saga
-        if letter.consumer != BUS and saga is not None and saga.result is None and saga.direction is Direction.DO:
-            return Planned(letter, _GONE_ON)
-        return Planned(letter, envelope=part.envelope)
-
     async def _send_back(self, connection: AsyncConnection, page: Sequence[Planned], begun: datetime) -> list[Planned]:
         """Let letters be tried again, or be sent again; return the page without those that somebody else tries."""
         rows: dict[UUID, Waiting] = {}
@@ -280,7 +151,7 @@ class DeadLetters(Letters):
             if planned.refused is not None or envelope is None:
                 continue
             due_at = begun + timedelta(seconds=planned.after)
-            if (address := _address(letter)) is not None:
+            if (address := address_of(letter)) is not None:
                 trace = envelope.traceparent, envelope.tracestate
                 entry = Entry(self._ids.new(), address, DEFAULT_BUNDLE, letter.to_send, *trace)
                 entries.setdefault(due_at, []).append(entry)
@@ -293,7 +164,7 @@ class DeadLetters(Letters):
         # Its message may have come again meanwhile, and waits for itself.
         passed = {letter_id for letter_id, row in rows.items() if row.id not in stored}
         added = rows.keys() - passed
-        page = [replace(each, refused=_WAITS) if each.letter.id in passed else each for each in page]
+        page = [replace(each, refused=WAITS) if each.letter.id in passed else each for each in page]
         await self._forget_failures(connection, [each for each in page if each.letter.id in added])
         for due_at, due in entries.items():
             await insert_entries(connection, due, due_at=due_at)
@@ -435,11 +306,3 @@ def _known_now(letter: Letter, edited: Readable) -> dict[str, object]:
 def _check(rate: float | None) -> None:
     if rate is not None and not rate > 0:
         raise ConfigurationError(f"a rate is more than 0 letters a second, not {rate:g}")
-
-
-def _address(letter: Letter) -> Address | None:
-    """Return where a message was sent that reached no queue."""
-    exchange, key = letter.headers.get("exchange"), letter.headers.get("routing_key")
-    if letter.consumer != BUS or exchange not in {each.value for each in Exchange} or not isinstance(key, str):
-        return None
-    return Address(Exchange(exchange), key)

@@ -43,20 +43,18 @@ def test_letters_are_listed_shown_edited_replayed_and_discarded(amqp_url: str, p
         wait_until(lambda: "is running" in process.log, "the application")
         lines = "\n".join([work(1, "raises"), work(2, "raises"), work(3, "nonsense"), work(4, "good")])
         assert coordinator(environment, "publish", "-", "--app", APP, given=lines).returncode == 1, "one is nonsense"
-        wait_until(lambda: len(listed(environment)) == 2, "the letters")
+        wait_until(lambda: _count(pg_url, "dead_letter") == 2, "the letters")
         second, first = listed(environment)
         assert (first["consumer"], first["reason"], first["attempts"]) == ("work", "failed", 3)
         [group] = listed(environment, "--groups")
         assert (group["count"], group["error"], group["error_type"]) == (2, "ValueError: poison", "ValueError")
         assert group["fingerprint"] == first["fingerprint"]
-        assert "ValueError: poison" in run("list")
-        assert group["fingerprint"] in run("list", "--groups")
         shown = run("show", first["id"])
         assert "given up on by: work" in shown
         assert '"kind": "raises"' in shown
         assert "Traceback" in shown
         assert "after 2.0 s" in run("replay", "--fingerprint", group["fingerprint"], "--rate", "0.5", "--dry-run")
-        assert len(listed(environment)) == 2, "a dry run does nothing"
+        assert _count(pg_url, "retry") == 0, "a dry run does nothing"
         for data, says in (
             ('{"number": 1, "kind": "better"}', "work could not take that: Work: kind: Input should be"),
             ('{"number": 1, "number": 2, "kind": "good"}', "'number' stands twice"),
@@ -69,8 +67,7 @@ def test_letters_are_listed_shown_edited_replayed_and_discarded(amqp_url: str, p
         again = coordinator(environment, "dead-letters", "replay", first["id"], "--why", "twice")
         assert (again.returncode, "it is replayed, by ada; only what is dead" in again.stdout) == (1, True)
         assert run("discard", "--handler", "work", "--why", "a test") == "1 discarded\n"
-        wait_until(lambda: not _rows(environment), "the replay")
-        assert listed(environment) == []
+        wait_until(lambda: _count(pg_url, "retry") == 0, "the replay")
         [replayed] = listed(environment, "--status", "replayed")
         assert (replayed["id"], replayed["settled_by"], replayed["settled_why"]) == (first["id"], "ada", "mended")
         shown = json.loads(run("show", first["id"], "--json"))
@@ -88,9 +85,10 @@ def test_letters_are_listed_shown_edited_replayed_and_discarded(amqp_url: str, p
         assert process.terminate() == 0
 
 
-def _rows(environment: dict[str, str]) -> int:
-    found = json.loads(coordinator(environment, "handlers", "list", "--json").stdout)["handlers"]
-    return int(next(each["waiting"] for each in found if each["name"] == "work"))
+def _count(pg_url: str, table: str) -> int:
+    with psycopg.connect(pg_url.replace("postgresql+asyncpg", "postgresql")) as connection:
+        [(count,)] = connection.execute(f"SELECT count(*) FROM {table}".encode()).fetchall()
+    return int(count)
 
 
 def test_what_makes_no_sense_is_refused_in_one_line(pg_url: str) -> None:
@@ -111,7 +109,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(pg_url: str) -> None:
         refused = coordinator(environment, "dead-letters", *arguments)
         assert (refused.returncode, says in refused.stderr, refused.stderr.count("\n")) == (1, True, 1), refused.stderr
     done = coordinator(environment, "dead-letters", "replay", "--all", "--why", "a test").stdout
-    assert done == "no dead letter is meant by that; see `coordinator dead-letters list`\n0 replayed, 0 not\n"
+    assert done == "there is no such dead letter\n0 replayed, 0 not\n"
     done = coordinator(environment, "dead-letters", "replay", "--all", "--dry-run", "--json").stdout
     assert json.loads(done) == {"letters": [], "replayed": 0, "refused": 0, "dry_run": True}
 
@@ -139,7 +137,7 @@ def test_a_replay_that_is_killed_has_done_what_it_has_said_and_is_gone_on_with(p
         wait_until(lambda: " at once" in process.log, "the first letters")
         process.kill9()
     said = process.log.count(" at once")
-    [(waiting,)] = ask("SELECT count(*) FROM retry")
+    waiting = _count(pg_url, "retry")
     assert ask("SELECT count(*) FROM dead_letter WHERE status = 'replayed'") == [(waiting,)]
     assert said <= waiting
     done = coordinator(environment, *arguments)
@@ -162,10 +160,10 @@ def test_what_rabbitmq_gives_up_on_arrives_with_its_handler(
     for _ in range(21):  # the delivery limit, and once more
         private_rabbitmq.manage("POST", f"queues/{vhost}/saga.handler.work/get", get)
     with Process(tmp_path / "log", "run", APP, environment=environment) as process:
-        wait_until(lambda: bool(listed(environment)), "the letter")
+        wait_until(lambda: _count(pg_url, "dead_letter") == 1, "the letter")
         [letter] = listed(environment)
         assert (letter["consumer"], letter["reason"], letter["message_id"]) == ("work", "delivery_limit", ID.format(1))
         assert coordinator(environment, "dead-letters", "replay", "--all", "--why", "mended").returncode == 0
-        wait_until(lambda: _rows(environment) == 0, "the replay")
+        wait_until(lambda: _count(pg_url, "retry") == 0, "the replay")
         assert listed(environment) == []
         assert process.terminate() == 0

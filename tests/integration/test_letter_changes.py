@@ -337,7 +337,7 @@ async def test_a_message_that_comes_again_during_its_replay_waits_once(
         async def nothing(*_: Any) -> list[Any]:
             return found
 
-        monkeypatch.setattr("handlers.replay._waiting.find", nothing)
+        monkeypatch.setattr("handlers.replay_plan._waiting.find", nothing)
         [item] = Intake(Limits()).read(FakeDelivery(sent.encode()))
         assert isinstance(item.part, Readable)
         row = Waiting.of(item, item.part, id=stage.ids.new(), consumer="refund_card", now=stage.retries.clock.now())

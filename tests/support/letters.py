@@ -9,7 +9,8 @@ from events.registry import Registry
 from handlers import Retry, handles
 from handlers.definition import Handler
 from handlers.letters import Letter, Query
-from handlers.replay import DeadLetters, Planned
+from handlers.replay import DeadLetters
+from handlers.replay_plan import Planned
 from tests.support.flows import RefundCard, Stage, enveloped
 
 ONCE = Retry(attempts=1)

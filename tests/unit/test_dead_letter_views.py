@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from coordinator import dead_letter_views as views
 from handlers.letters import Change, Group, Letter, Replay
-from handlers.replay import Planned
+from handlers.replay_plan import Planned
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ID = UUID(int=7)
@@ -78,6 +79,17 @@ def test_neither_secrets_nor_control_characters_are_printed(as_json: bool) -> No
         assert all(each.isprintable() or each == "\n" for each in output)
 
 
+def test_lists_are_not_cut_off_to_fit_a_terminal_and_say_when_there_is_nothing() -> None:
+    file = io.StringIO()
+    other = replace(LETTER, id=UUID(int=9), consumer="a" * 90, detail="ValueError: " + "x" * 200)
+    views.print_letters(Console(file=file, width=40), [LETTER, other], as_json=False)
+    head, *lines = file.getvalue().splitlines()
+    assert len(lines) == 2
+    assert all(line[head.index("message") :].startswith("work") for line in lines)
+    assert lines[1].endswith("x" * 200)
+    assert printed(lambda console: views.print_groups(console, [], as_json=False)) == "there is no such dead letter\n"
+
+
 def test_a_reason_cannot_pass_for_another_line() -> None:
     lines = printed(lambda console: show(console, as_json=False)).splitlines()
     assert [line for line in lines if line.startswith("status:")] == [
@@ -107,4 +119,4 @@ def test_a_plan_is_one_json_document_however_many_letters_there_are(count: int) 
     assert document["dry_run"] is True
     text = printed(lambda console: plan(console, *planned, as_json=False))
     assert text.count(str(ID)) >= count
-    assert ("no dead letter is meant by that" in text) is (count == 0)
+    assert ("there is no such dead letter" in text) is (count == 0)
