@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from coordinator.acts import act, told
+from coordinator.concern import without_others
 from coordinator.decision import (
     Acted,
     Asked,
@@ -42,7 +43,11 @@ def decide(definition: SagaDefinition, instance: Instance | None, given: Input) 
         return start(definition, given)
     if instance is None:
         raise ValueError("only a start event needs no instance")
-    return _follow(Draft(definition, instance, given.now), given)
+    decision = _follow(Draft(definition, without_others(definition, instance, given), given.now), given)
+    if decision is None or not definition.fans:
+        return decision
+    steps = instance.steps | decision.instance.steps
+    return replace(decision, instance=replace(decision.instance, steps=steps))
 
 
 def _follow(draft: Draft, given: Input) -> Decision | None:

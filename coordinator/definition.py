@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict
@@ -60,6 +61,18 @@ class SagaDefinition:
     def steps(self) -> tuple[Step, ...]:
         """All steps of the flow, in the order in which they are written; also those taken for each of several items."""
         return tuple(step for name in self.by_name if (step := self.step_of(name)) is not None)
+
+    @cached_property
+    def fans(self) -> tuple[Each, ...]:
+        """All steps of the flow that are taken for each of several items."""
+        return tuple(node for node in self.by_name.values() if isinstance(node, Each))
+
+    @cached_property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of all states that an instance may have, but those of items."""
+        whens = [node.condition.name for node in nodes(self.flow) if isinstance(node, When)]
+        branches = [branch.name for each in self.branches.values() for branch in each]
+        return (*self.by_name, *whens, *branches)
 
     @property
     def waits(self) -> tuple[Wait, ...]:
