@@ -353,7 +353,14 @@ async def open_bus(
     bus: Bus
     if not settings.embedded:
         url = settings.broker_url.get_secret_value()
-        bus = RabbitMQBus(url, namespace=settings.namespace, application=application, clock=clock, ids=ids)
+        bus = RabbitMQBus(
+            url,
+            read_url=settings.read_broker_url,
+            namespace=settings.namespace,
+            application=application,
+            clock=clock,
+            ids=ids,
+        )
     elif engine.dialect.name == "sqlite":
         bus = EmbeddedBus(engine, clock=clock, limits=settings.limits)
     else:

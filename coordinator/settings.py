@@ -1,6 +1,9 @@
 """Settings from the environment: `COORDINATOR_BROKER_URL` and so on. Validated at start; secrets never printed."""
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+import os
+from pathlib import Path
+
+from pydantic import DirectoryPath, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from events.codec import Limits
@@ -20,6 +23,11 @@ class Settings(BaseSettings):
     database_url: SecretStr = Field(
         default=SecretStr("sqlite:///coordinator.db"),
         description="`postgresql://user:password@host/name` or `sqlite:///file`",
+    )
+    secrets: DirectoryPath | None = Field(
+        default=None,
+        description="a directory with files named like these variables, for what is not to stand in the environment;"
+        " after a lost connection to the broker its URL is read there again",
     )
     namespace: str = Field(
         default="saga",
@@ -66,6 +74,15 @@ class Settings(BaseSettings):
             return value
         raise ValueError("write postgresql://... or sqlite:///file")
 
+    def read_broker_url(self) -> str:
+        """Return the broker's URL as it is now: the files in `secrets` may have changed.
+
+        Raises:
+            ConfigurationError: it is wrong there.
+        """
+        now = _load(self.secrets) if self.secrets else self
+        return now.broker_url.get_secret_value()
+
     @property
     def embedded(self) -> bool:
         """Whether messages stay in the SQLite file."""
@@ -78,13 +95,18 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Return the settings of the environment.
+    """Return the settings of the environment, and of the directory that it names for secrets.
 
     Raises:
         ConfigurationError: one of them is wrong; the text names the variable, never its value.
     """
+    secrets = Path(os.environ.get("COORDINATOR_SECRETS", ""))
+    return _load(secrets if secrets.is_dir() else None)
+
+
+def _load(secrets: Path | None) -> Settings:
     try:
-        return Settings()
+        return Settings(_secrets_dir=secrets)
     except ValidationError as error:
         wrong = "; ".join(
             f"COORDINATOR_{str(each['loc'][0]).upper()}: {each['msg'].removeprefix('Value error, ')}"

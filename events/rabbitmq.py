@@ -44,6 +44,7 @@ _Restart = Callable[[], Awaitable[None]]
 _HEARTBEAT = "10"
 _FORGET_STALL_AFTER = 60.0  # seconds without a publish; until then a process that publishes has asked again
 _LOOK_EVERY = 0.2  # seconds; only short looks at flags of this process
+_PUBLISH, _CONSUME = "publish", "consume"  # what a connection is for
 _PORTS = {"amqp": 5672, "amqps": 5671}
 
 
@@ -75,6 +76,7 @@ class RabbitMQBus:
 
     Args:
         url: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS.
+        read_url: returns the URL as it is now; asked while a connection is lost, since the password may have changed.
         namespace: the first part of the names of all exchanges and queues; one per deployment.
         application: whose queues are declared here: what RabbitMQ gives up on in them goes to a queue of its own. None
             where nothing is consumed.
@@ -90,6 +92,7 @@ class RabbitMQBus:
         self,
         url: str,
         *,
+        read_url: Callable[[], str] | None = None,
         namespace: str = "saga",
         application: str | None = None,
         clock: Clock,
@@ -97,6 +100,7 @@ class RabbitMQBus:
         options: RabbitMQOptions | None = None,
     ) -> None:
         self._url = _parse(url)
+        self._read_url = read_url
         self._clock = clock
         self._ids = ids
         self._options = options or RabbitMQOptions()
@@ -114,6 +118,7 @@ class RabbitMQBus:
         self._publisher: AbstractChannel | None = None
         self._exchanges: dict[Exchange, AbstractExchange] = {}
         self._queues: dict[str, Queue] = {}
+        self._declared = False  # whether they exist, for all we know
         self._consumers: list[RabbitMQConsumer] = []
         self._stalled = False
         self._stalled_at = 0.0
@@ -133,8 +138,9 @@ class RabbitMQBus:
         tolerate_undecodable_properties()
         try:
             async with asyncio.timeout(self._options.connect_timeout):
-                self._publishing = await self._connect("publish")
-                self._consuming = await self._connect("consume")
+                self._publishing = await self._connect(_PUBLISH)
+                self._consuming = await self._connect(_CONSUME)
+                self._consuming.close_callbacks.add(self._forget_queues)
                 if self._application is not None:
                     self._queues[DEAD_LETTERS] = Queue(DEAD_LETTERS, ())
                 with library_errors("declare the exchanges"):
@@ -247,8 +253,6 @@ class RabbitMQBus:
             return "the bus is not open"
         if self._obstacle is not None:
             return self._obstacle
-        if not _is_up(self._consuming):
-            return f"the connection to RabbitMQ at {self._place} is lost"
         if self._stalled and self._clock.monotonic() - self._stalled_at < _FORGET_STALL_AFTER:
             return "RabbitMQ does not confirm what is published"
         return next(iter(self._failures.values()), None)
@@ -268,12 +272,31 @@ class RabbitMQBus:
             return "RabbitMQ has blocked publishing: it is low on memory or disk space"
         if _is_closed(self._publisher):
             return "the channel to publish on is closed"
+        if not _is_up(self._consuming):
+            return f"the connection to RabbitMQ at {self._place} is lost"
+        if not self._declared:  # RabbitMQ may have lost the queues, and an event would find none
+            return "the queues are not declared again yet"
         return None
 
-    async def _connect(self, purpose: str) -> RobustConnection:
+    def _url_to(self, purpose: str) -> URL:
         name = f"{self._options.client_name} {purpose}"
-        url = self._url.with_query({"heartbeat": _HEARTBEAT, **self._url.query, "name": name})
-        connection = RobustConnection(url, reconnect_interval=1)
+        return self._url.with_query({"heartbeat": _HEARTBEAT, **self._url.query, "name": name})
+
+    def _renew_url(self) -> None:
+        """Let aio-pika go on with the URL that is right by now."""
+        if self._read_url is None:
+            return
+        try:
+            self._url = _parse(self._read_url())
+        except ConfigurationError as error:
+            _log.error("the broker URL is not renewed: %s", error, extra={"action": "bus.url_not_renewed"})
+            return
+        for connection, purpose in ((self._publishing, _PUBLISH), (self._consuming, _CONSUME)):
+            if connection is not None and not _is_up(connection):
+                connection.url = self._url_to(purpose)
+
+    async def _connect(self, purpose: str) -> RobustConnection:
+        connection = RobustConnection(self._url_to(purpose), reconnect_interval=1)
         try:
             await connection.connect(timeout=self._options.connect_timeout)
         except BaseException as error:
@@ -310,10 +333,19 @@ class RabbitMQBus:
         if self._declarer is not None:
             await close_quietly(self._declarer.close(), within=self._options.connect_timeout)
         self._declarer = channel = await self._open_channel()
+        channel.reopen_callbacks.add(self._remember_queues)
         # The exchanges here as well: queues are bound on this connection, which may be back before the other.
         await self._topology.declare_exchanges(channel)
         for queue in self._queues.values():
             await self._topology.declare_queue(channel, queue)
+        self._remember_queues()
+
+    def _forget_queues(self, *_: object) -> None:
+        """A connection that comes back may lead to another, empty broker."""
+        self._declared = False
+
+    def _remember_queues(self, *_: object) -> None:
+        self._declared = True
 
     async def _open_channel(self) -> AbstractRobustChannel:
         """Open a channel on the consuming connection."""
@@ -362,7 +394,7 @@ class RabbitMQBus:
     async def _send(self, message: Outgoing) -> None:
         exchange = self._exchanges.get(message.address.exchange)
         # Without this look aio-pika would wait for the connection, outside of the timeout.
-        if exchange is None or not _is_up(self._publishing):
+        if exchange is None or not (self._declared and _is_up(self._publishing)):
             raise ConnectionError("there is no connection to RabbitMQ")
         await exchange.publish(
             Message(
@@ -408,6 +440,7 @@ class RabbitMQBus:
             if not (_is_up(self._publishing) and _is_up(self._consuming)):
                 suspects = unserved = {}
                 self._failures.clear()
+                self._renew_url()
                 continue
             suspects = await self._restart_known(await self._broken(), suspects)
             if self._failures or self._clock.monotonic() - reconciled >= self._options.reconcile_every:

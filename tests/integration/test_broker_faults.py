@@ -4,14 +4,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from aiormq.exceptions import ChannelAccessRefused
 from pamqp.commands import Basic
 from sqlalchemy.ext.asyncio import AsyncEngine
 from yarl import URL
 
+from coordinator.settings import load_settings
 from events.bus import Address, Exchange, Outgoing, Queue
 from events.clock import SystemClock
 from events.codec import Limits
@@ -20,7 +23,7 @@ from events.envelope import Envelope
 from events.errors import PublishError, UnroutableError
 from events.ids import TimeOrderedIds, system_random
 from events.outbox import Outbound
-from events.rabbitmq import RabbitMQBus
+from events.rabbitmq import RabbitMQBus, RabbitMQOptions
 from events.relay import Entry, Relay, RelayOptions, insert_entries
 from events.tables import outbox
 from tests.support.flows import START, Mailbox, count_rows, envelopes, open_store
@@ -69,17 +72,18 @@ async def relaying(engine: AsyncEngine, bus: RabbitMQBus) -> AsyncIterator[Relay
 
 
 class Load:
-    """Commits numbered commands to the outbox."""
+    """Commits numbered messages to the outbox."""
 
-    def __init__(self, engine: AsyncEngine, relay: Relay) -> None:
+    def __init__(self, engine: AsyncEngine, relay: Relay, address: Address = CHARGE) -> None:
         self._engine = engine
         self._relay = relay
+        self._address = address
         self.ids: list[str] = []
 
     async def commit(self, count: int = 5) -> list[str]:
         ids = [str(len(self.ids) + n) for n in range(count)]
         messages = [
-            Outbound(Envelope(id=each, source="/test", type=CHARGE.key, version=1, data=b"{}"), CHARGE, 1)
+            Outbound(Envelope(id=each, source="/test", type=self._address.key, version=1, data=b"{}"), self._address, 1)
             for each in ids
         ]
         async with transaction(self._engine) as connection:
@@ -339,6 +343,42 @@ async def test_f22_an_emptied_queue_is_consumed_further(amqp_url: str) -> None:
             await delivery.ack()
 
 
+async def test_f22_events_wait_until_the_queues_of_a_vhost_that_was_reset_are_made_again(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str, engine: AsyncEngine
+) -> None:
+    """Once they were published as soon as the exchange was back: RabbitMQ confirmed them, and nobody got them."""
+    placed = Address(Exchange.EVENTS, "order.placed")
+    async with opened(private_amqp_url) as bus, relaying(engine, bus) as relay:
+        await bus.declare([Queue("orders", (placed,))])
+        mailbox = Mailbox()
+        await bus.consume("orders", mailbox, prefetch=50)
+        load = Load(engine, relay, placed)
+        await load.commit()
+        await load.everything_arrives(mailbox)
+        publishing, consuming = bus._publishing, bus._consuming
+        assert publishing is not None
+        assert consuming is not None
+        right, consuming.url = consuming.url, URL("amqp://127.0.0.1:1/")  # that connection comes back later
+        await asyncio.to_thread(reset_vhost, private_rabbitmq, URL(private_amqp_url).path.removeprefix("/"))
+        await until(lambda: not consuming.connected.is_set())
+        await until(lambda: publishing.connected.is_set() and not (bus._publisher is None or bus._publisher.is_closed))
+        missing = set(await load.commit())
+        [error] = await bus.publish([Outgoing(placed, b"[]")])
+        assert isinstance(error, PublishError)
+        consuming.url = right
+        while missing:
+            missing.discard((await mailbox.next()).id)
+        await load.is_published()
+
+
+def reset_vhost(broker: RabbitMQ, name: str) -> None:
+    """Remove it with all that is in it, and make it again, empty."""
+    user = URL(broker.url).user or "guest"
+    broker.manage("DELETE", f"vhosts/{name}")
+    broker.manage("PUT", f"vhosts/{name}")
+    give(broker, name, user, configure=".*", write=".*", read=".*")
+
+
 # A consumer that RabbitMQ has dropped (F23)
 
 
@@ -557,16 +597,18 @@ async def test_f25_what_comes_back_too_often_is_a_dead_letter_and_does_not_hold_
         await bus.consume(PAYMENTS.name, refuse_poison, prefetch=5)
         await bus.publish([Outgoing(CHARGE, b'["poison"]'), Outgoing(CHARGE, b"[1]")])
         await (await received.next()).ack()
-        await dead_letter_arrives(amqp_url, b'["poison"]')
+        await dead_letters_arrive(amqp_url, {b'["poison"]'})
 
 
-async def dead_letter_arrives(url: str, body: bytes) -> None:
+async def dead_letters_arrive(url: str, bodies: set[bytes]) -> None:
+    missing = set(bodies)
     async with wire(url) as channel, asyncio.timeout(60):
         queue = await channel.get_queue("saga.dead-letters.tests")
         async with queue.iterator() as messages:
             async for message in messages:
                 await message.ack()
-                if message.body == body:
+                missing.discard(message.body)
+                if not missing:
                     return
 
 
@@ -593,7 +635,34 @@ async def test_f26_a_dead_letter_without_a_queue_is_kept_until_the_queue_is_made
         await until(lambda: refusals == 2)  # one more than the limit
         await publish_until_confirmed(bus, Outgoing(MAIL, b"[1]"))  # RabbitMQ has had the time to find nobody
         assert await bus._reconcile() == {}  # what the watchdog does each half a minute
-        await dead_letter_arrives(private_amqp_url, b'["poison"]')
+        await dead_letters_arrive(private_amqp_url, {b'["poison"]'})
+
+
+async def test_f26_dead_letters_that_their_queue_refuses_are_kept_until_the_others_are_taken(
+    impatient_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    vhost = URL(private_amqp_url).path.removeprefix("/")
+    full = {
+        "pattern": r"saga\.dead-letters.*",
+        "apply-to": "queues",
+        "definition": {"max-length": 1, "overflow": "reject-publish"},
+    }
+    async with opened(private_amqp_url, delivery_limit=1) as bus:
+        await bus.declare([PAYMENTS])
+        await asyncio.to_thread(impatient_rabbitmq.manage, "PUT", f"policies/{vhost}/full", full)
+        refusals = 0
+
+        def refuse(_: object) -> None:
+            nonlocal refusals
+            refusals += 1
+            raise ValueError("poison")
+
+        await bus.consume(PAYMENTS.name, refuse, prefetch=5)
+        poison = [b'["%d"]' % number for number in range(6)]
+        for body in poison:
+            await publish_until_confirmed(bus, Outgoing(CHARGE, body))
+        await until(lambda: refusals == 2 * len(poison))  # one more than the limit
+        await dead_letters_arrive(private_amqp_url, set(poison))
 
 
 # The password changes (F27)
@@ -607,8 +676,7 @@ async def test_f27_after_a_change_of_the_password_only_the_right_one_brings_the_
 
     vhost = URL(private_amqp_url).path.removeprefix("/")
     await asyncio.to_thread(set_password, "secret-word")
-    permissions = {"configure": ".*", "write": ".*", "read": ".*"}
-    await asyncio.to_thread(private_rabbitmq.manage, "PUT", f"permissions/{vhost}/saga", permissions)
+    await asyncio.to_thread(give, private_rabbitmq, vhost, "saga", configure=".*", write=".*", read=".*")
     url = str(URL(private_amqp_url).with_user("saga").with_password("secret-word"))
     with caplog.at_level(logging.INFO):
         async with opened(url) as bus, under_load(bus) as ledger:
@@ -634,3 +702,93 @@ async def test_f27_after_a_change_of_the_password_only_the_right_one_brings_the_
             await ledger.confirms(100)
             assert bus.problem is None
     assert "secret-word" not in caplog.text
+
+
+async def test_f27_a_new_password_is_taken_from_the_settings_while_the_process_runs(
+    private_rabbitmq: RabbitMQ,
+    private_amqp_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    vhost = URL(private_amqp_url).path.removeprefix("/")
+    file = tmp_path / "COORDINATOR_BROKER_URL"
+
+    def rotate(password: str) -> None:
+        private_rabbitmq.manage("PUT", "users/rotating", {"password": password, "tags": ""})
+        file.write_text(str(URL(private_amqp_url).with_user("rotating").with_password(password)) + "\n")
+
+    await asyncio.to_thread(rotate, "first-word")
+    await asyncio.to_thread(give, private_rabbitmq, vhost, "rotating", configure=".*", write=".*", read=".*")
+    monkeypatch.delenv("COORDINATOR_BROKER_URL", raising=False)
+    monkeypatch.setenv("COORDINATOR_SECRETS", str(tmp_path))
+    settings = load_settings()
+    url = settings.broker_url.get_secret_value()
+    assert "first-word" in url
+    bus = RabbitMQBus(
+        url,
+        read_url=settings.read_broker_url,
+        application="tests",
+        clock=SystemClock(),
+        ids=TimeOrderedIds(),
+        options=RabbitMQOptions(watch_every=0.1),
+    )
+    await bus.open()
+    try:
+        async with under_load(bus) as ledger:
+            await asyncio.to_thread(rotate, "second-word")
+            await control(private_rabbitmq, "close_all_user_connections", "rotating", "credentials revoked")
+            await until(lambda: bus.problem is not None)
+            await ledger.confirms(100)
+            assert bus.problem is None
+            await asyncio.to_thread(rotate, "third-word")
+            file.write_text("half a li")  # the URL that there was is kept
+            await control(private_rabbitmq, "close_all_user_connections", "rotating", "once more")
+            await until(lambda: "bus.url_not_renewed" in actions(caplog))
+            await asyncio.to_thread(rotate, "fourth-word")
+            await ledger.confirms(100)
+    finally:
+        await bus.close()
+    assert "-word" not in caplog.text
+
+
+# Somebody who has no business here (F50)
+
+
+def give(broker: RabbitMQ, vhost: str, user: str, *, configure: str, write: str, read: str) -> None:
+    """Set permissions, as `rabbitmqctl set_permissions` does."""
+    permissions = {"configure": configure, "write": write, "read": read}
+    broker.manage("PUT", f"permissions/{vhost}/{user}", permissions)
+
+
+async def test_f50_a_service_that_may_only_publish_events_can_forge_no_command_and_no_reply(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str
+) -> None:
+    """With the permissions of docs/guarantees.md. RabbitMQ refuses; what it may do goes on."""
+    vhost = URL(private_amqp_url).path.removeprefix("/")
+    private_rabbitmq.manage("PUT", "users/catalog", {"password": "catalog-word", "tags": ""})
+    exchanges = r"^saga\.(events|commands|replies)$"
+    give(private_rabbitmq, vhost, "catalog", configure=exchanges, write=r"^saga\.events$", read="^$")
+    url = str(URL(private_amqp_url).with_user("catalog").with_password("catalog-word"))
+    placed, reply = Address(Exchange.EVENTS, "order.placed"), Address(Exchange.REPLIES, "coordinator")
+    async with opened(private_amqp_url) as bus:
+        await bus.declare([PAYMENTS, Queue("coordinator.replies", (reply,)), Queue("orders", (placed,))])
+        theirs = RabbitMQBus(url, clock=SystemClock(), ids=TimeOrderedIds())
+        await theirs.open()
+        try:
+            for forged in (CHARGE, reply):
+                [error] = await theirs.publish([Outgoing(forged, b'["forged"]')])
+                assert isinstance(error, PublishError)
+                await theirs.until_writable()
+            await publish_until_confirmed(theirs, Outgoing(placed, b"[1]"))
+        finally:
+            await theirs.close()
+        async with wire(url) as channel:
+            with pytest.raises(ChannelAccessRefused):
+                await (await channel.get_queue("saga.payments", ensure=False)).get(no_ack=True)
+        counts = {}
+        async with wire(private_amqp_url) as channel:
+            for name in ("payments", "coordinator.replies", "orders"):
+                queue = await channel.declare_queue(f"saga.{name}", passive=True)
+                counts[name] = queue.declaration_result.message_count
+    assert counts == {"payments": 0, "coordinator.replies": 0, "orders": 1}

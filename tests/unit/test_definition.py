@@ -406,6 +406,7 @@ def test_without_an_environment_everything_stays_in_one_file() -> None:
     assert settings.embedded
     assert settings.limits == Limits(256 * 1024, 16 * 1024) == Limits()
     assert settings.model_dump(exclude={"broker_url", "database_url", "max_body", "max_headers"}) == {
+        "secrets": None,
         "namespace": "saga",
         "migrate": True,
         "wait": 60.0,
@@ -421,6 +422,7 @@ def test_without_an_environment_everything_stays_in_one_file() -> None:
 GIVEN: dict[str, tuple[str, Any]] = {
     "broker_url": ("amqps://u:p@h/v", SecretStr("amqps://u:p@h/v")),
     "database_url": ("postgresql+asyncpg://u:p@h/n", SecretStr("postgresql+asyncpg://u:p@h/n")),
+    "secrets": ("/", Path("/")),
     "namespace": ("shop-1", "shop-1"),
     "migrate": ("false", False),
     "max_body": ("1024", 1024),
@@ -472,6 +474,35 @@ def test_a_wrong_setting_is_named_by_its_variable_and_never_shown(
     with pytest.raises(ConfigurationError, match=rf"^COORDINATOR_{name}: .*{re.escape(says)}") as caught:
         load_settings()
     assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+
+
+def test_what_must_not_stand_in_the_environment_is_read_from_files_and_read_again(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "coordinator_broker_url"
+    file.write_text(f"amqp://u:{PASSWORD}@h\n")
+    environment.setenv("COORDINATOR_SECRETS", str(tmp_path))
+    settings = load_settings()
+    assert settings.read_broker_url() == settings.broker_url.get_secret_value() == f"amqp://u:{PASSWORD}@h"
+    file.write_text("amqp://u:other@h")
+    assert settings.read_broker_url() == "amqp://u:other@h"
+    file.write_text(f"kafka://u:{PASSWORD}@h")
+    with pytest.raises(ConfigurationError, match=r"^COORDINATOR_BROKER_URL: ") as caught:
+        settings.read_broker_url()
+    assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+
+
+def test_without_a_directory_for_secrets_the_broker_url_stays_as_it_is(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("COORDINATOR_BROKER_URL", "amqp://h")
+    settings = load_settings()
+    environment.setenv("COORDINATOR_BROKER_URL", "amqp://elsewhere")
+    assert settings.read_broker_url() == "amqp://h"
+
+
+def test_a_directory_for_secrets_that_is_not_there_is_refused(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setenv("COORDINATOR_SECRETS", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match=r"^COORDINATOR_SECRETS: "):
+        load_settings()
 
 
 def test_all_wrong_settings_are_named_at_once(environment: pytest.MonkeyPatch) -> None:
