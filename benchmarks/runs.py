@@ -96,8 +96,13 @@ async def pass_through(bus: Bus, store: Store, sagas: int, kind: Callable[[UUID]
     if failed := [error for error in errors if error]:
         raise failed[0]
     # To count all is to read all, which would be measured, too: only when nothing is in flight any more.
-    while await store.count_in_flight() or sum((await store.count_by_status()).values()) < before + sagas:
+    while await store.count_in_flight() or not await _all_have_ended(store, before + sagas):
         await _clock.sleep(0.1)
+
+
+async def _all_have_ended(store: Store, sagas: int) -> bool:
+    counts = await store.count_by_status()
+    return sum(counts.values()) >= sagas and not any(status.in_flight for _, status in counts)
 
 
 def _starts(sagas: int, kind: Callable[[UUID], Event]) -> list[Outgoing]:
