@@ -39,7 +39,7 @@ def row(**changes: Any) -> list[Any]:
 def test_the_hash_is_what_the_documentation_says() -> None:
     """Anybody can check it, with any tool."""
     columns = (
-        '"01a20000000070008000000000000001",2,"reply",1767323045678901,"running","hotel","do",1,"succeeded"'
+        '"01a20000000070008000000000000001","2","reply","1767323045678901","running","hotel","do","1","succeeded"'
         ',"m-1","é","ada",null,"{\\"type\\":\\"x\\"}","{\\"state\\":{\\"amount\\":1.5}}"'
         ',"[{\\"id\\":\\"c-1\\"}]"]'
     )
