@@ -1,8 +1,9 @@
 """The chain of hashes over a saga's history: no row can be changed, removed or moved without breaking it.
 
-The hash of a row is SHA-256 over text: the hash of the row before in hex (nothing for the first), and each column but
-the hash itself, in the order of `COLUMNS`, as its length in bytes, a colon, and its text; `-` stands for null. An id is
-written in hex, a time as microseconds since 1970, JSON as it is stored. The instance keeps the hash of its last row.
+The hash of a row is SHA-256 over a JSON array of strings and nulls, without spaces: the hash of the row before in hex
+(empty for the first), and each column but the hash itself, in the order of `COLUMNS`. An id is written in hex, a time
+as microseconds since 1970, JSON as it is stored; of a string only what must be is escaped. The instance keeps the
+hash of its last row.
 """
 
 from collections.abc import Sequence
@@ -75,15 +76,10 @@ def history_row(saga_id: UUID, revision: int, e: HistoryEntry, *, given: str | N
 def seal(head: bytes, row: Sequence[Any]) -> bytes:
     """Return the hash of a row, given the one before it and its values of `COLUMNS`."""
     saga_id, revision, kind, at, *rest = row
-    texts = [head.hex()]
-    for value in (saga_id.hex, revision, kind, (at - _EPOCH) // _MICROSECOND, *rest):
-        if value is None:
-            texts.append("-")
-        else:
-            text = str(value)
-            texts.append(f"{len(text) if text.isascii() else len(_bytes(text))}:{text}")
-    return sha256(_bytes("".join(texts))).digest()
+    return digest(head, saga_id.hex, revision, kind, (at - _EPOCH) // _MICROSECOND, *rest)
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode(errors="surrogatepass")  # which no database takes: it says so better than we could
+def digest(head: bytes, *columns: str | int | None) -> bytes:
+    """Return the hash of a row whose values are plain already."""
+    texts = [each if each is None or isinstance(each, str) else str(each) for each in columns]
+    return sha256(to_json([head.hex(), *texts])).digest()

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from coordinator.redaction import redacted, redacted_text
 from coordinator.views import print_json
@@ -62,11 +61,11 @@ def _print_columns(console: Console, names: Sequence[str], rows: Sequence[Sequen
     if not rows:
         console.print(_NOTHING, highlight=False)
         return
-    escaped = [names, *([_escaped(cell).plain for cell in row] for row in rows)]
+    escaped = [names, *([_escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(row[at]) for row in escaped) for at in range(len(names) - 1)]
     for row in escaped:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        console.print(Text("  ".join((*cells, row[-1]))), soft_wrap=True)
+        _print_line(console, "  ".join((*cells, row[-1])))
 
 
 def print_letter(
@@ -284,12 +283,14 @@ def _print_lines(console: Console, text: str) -> None:
 
 
 def _print_line(console: Console, text: str) -> None:
-    console.print(_escaped(text), soft_wrap=True)
+    console.file.write(f"{_escaped(text)}\n")  # rich would take longer than all else for a letter
 
 
-def _escaped(text: str) -> Text:
+def _escaped(text: str) -> str:
     """Return text from outside with what is not printable written as escapes: nothing of it is lost, or obeyed."""
-    return Text("".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text))
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _time(moment: datetime | None) -> str:

@@ -83,7 +83,9 @@ def give_up(instance: Instance, reason: str, now: datetime) -> Decision:
         reason=reason[:MAX_REASON],
         updated_at=now,
     )
-    return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason))
+    lifted = {name: at.to_json() for name, at in steps.items() if at != instance.steps[name]}
+    change = {"steps": lifted} if lifted else {}
+    return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason, change=change))
 
 
 def start(definition: SagaDefinition, given: Started) -> Decision:

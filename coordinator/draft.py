@@ -245,8 +245,9 @@ class Draft:
     def finish(self, kind: str, **about: Any) -> Decision:
         before, state = self.before, self.state
         change: dict[str, Any] = {}
-        if state != self.found:
-            change["state"] = {name: value for name, value in state.items() if self.found.get(name) != value}
+        found, stored = self.found, before.state  # a class may have got a field since, which is stored from now on
+        if changed_state := {k: v for k, v in state.items() if k not in stored or found.get(k) != v}:
+            change["state"] = changed_state
         changed = {name: at for name, at in self.steps.items() if before.steps.get(name) != at}
         if changed:
             change["steps"] = {name: at.to_json() for name, at in changed.items()}

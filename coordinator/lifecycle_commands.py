@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import typer
@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from rich.console import Console
 
 from coordinator import process
-from coordinator.lifecycle_views import print_audit, print_delegations, print_entities, print_entity
+from coordinator.lifecycle_views import print_audit, print_delegations, print_entities, print_entity, print_verified
 from coordinator.lifecycles import Actor, Lifecycle, Lifecycles, NoSuchEntityError
 from coordinator.lifecycles.charts import state_diagram
 from coordinator.lifecycles.opening import open_lifecycles
@@ -24,6 +24,8 @@ from events.clock import SystemClock
 from events.errors import ConfigurationError
 
 lifecycles = typer.Typer(help="Documents and other things with a life cycle, and who decides.", no_args_is_help=True)
+
+AnswerT = TypeVar("AnswerT")
 
 out = Console()
 
@@ -151,6 +153,28 @@ def list_audit(
     _with_store(work)
 
 
+@lifecycles.command("verify")
+def verify_audit(
+    lifecycle: Annotated[str | None, typer.Argument(metavar="LIFECYCLE", help="of this life cycle only")] = None,
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="of this entity only")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that no entry of the audit trail was changed or removed, and that entities are what it says."""
+
+    async def work(store: LifecycleStore) -> bool:
+        good, found = 0, []
+        async for entity, problem in store.verify(lifecycle=lifecycle, key=key):
+            if problem is None:
+                good += 1
+            else:
+                found.append((entity, problem))
+        print_verified(out, good, found, as_json=as_json)
+        return not found
+
+    if not _with_store(work):
+        raise typer.Exit(1)
+
+
 @lifecycles.command("delegate")
 def delegate_role(
     app: AppReference,
@@ -275,12 +299,12 @@ def _with_app(app: str, work: Callable[[Lifecycles], Awaitable[None]]) -> None:
     process.run(working())
 
 
-def _with_store(work: Callable[[LifecycleStore], Awaitable[None]]) -> None:
+def _with_store(work: Callable[[LifecycleStore], Awaitable[AnswerT]]) -> AnswerT:
     """Let `work` look; an SQLite file may be in use by another process meanwhile."""
     settings = load_settings()
 
-    async def looking() -> None:
+    async def looking() -> AnswerT:
         async with open_reading(settings) as engine:
-            await work(LifecycleStore(engine, SystemClock()))
+            return await work(LifecycleStore(engine, SystemClock()))
 
-    process.run(looking())
+    return process.run(looking())

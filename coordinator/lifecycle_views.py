@@ -77,6 +77,17 @@ def print_audit(console: Console, rows: Sequence[Row[Any]], *, as_json: bool) ->
     console.print(table)
 
 
+def print_verified(console: Console, good: int, found: Sequence[tuple[Entity, str]], *, as_json: bool) -> None:
+    """Print how many entities are as their audit trail says, and what is wrong with the others."""
+    if as_json:
+        broken = [{"lifecycle": each.lifecycle, "key": each.key, "problem": problem} for each, problem in found]
+        print_json(console, {"good": good, "broken": broken})
+        return
+    for each, problem in found:
+        console.print(plain(f"{each.lifecycle} {each.key}: {problem}"))
+    console.print(f"{good} as their audit trail says, {len(found)} not", highlight=False)
+
+
 def print_delegations(console: Console, found: Sequence[Delegation], *, as_json: bool) -> None:
     """Print delegations, one a line."""
     if as_json:
@@ -114,6 +125,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, bytes):
+        return value.hex()
     return str(value) if isinstance(value, UUID) else value
 
 

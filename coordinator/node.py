@@ -137,6 +137,8 @@ class Node:
             clock=self._clock,
             ids=self._ids,
         )
+        if self._app.lifecycles:
+            await self.lifecycles.store.clock.calibrate()
         engine = self._make_engine(outbox)
         group = self._group = self._make_group(outbox)
         self._watched.append(lambda: self.relay.failing)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
+from unicodedata import normalize
 from uuid import UUID
 
 from events.errors import CoordinatorError
@@ -169,6 +170,7 @@ class Entity:
         remind_at, escalate_at: when the next reminder is due, and the escalation.
         escalated_to: the role that may decide, too, since it was escalated.
         correlation_id: what its messages belong to.
+        head: the hash of the last entry of its audit trail that was written.
     """
 
     id: UUID
@@ -188,6 +190,7 @@ class Entity:
     escalate_at: datetime | None = None
     escalated_to: str | None = None
     correlation_id: str | None = None
+    head: bytes = b""
 
     @property
     def due_at(self) -> datetime | None:
@@ -232,5 +235,5 @@ class Moved:
 
 
 def folded(name: str) -> str:
-    """Return a person's name as it is compared where two must differ: Ann is ann."""
-    return name.casefold()
+    """Return a person's name as it is compared where two must differ: Ann is ann, however the letters are encoded."""
+    return normalize("NFKC", name).casefold()

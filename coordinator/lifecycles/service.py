@@ -146,11 +146,12 @@ class Lifecycles:
             act = await self._act(connection, definition.creation.name, by, comment=comment)
             moved = create(definition, data, act, id=self._ids.new(), correlation_id=correlation_id)
             self.definitions.of(moved.entity)
-            if not await self.store.insert(connection, moved):
+            written = await self.store.insert(connection, moved)
+            if written is None:
                 raise AlreadyThereError(f"there is a {definition.name} with the key {moved.entity.key!r} already")
             after_commit = await self.send(connection, [self.outbound(moved)])
         after_commit()
-        return moved.entity
+        return written
 
     async def act(
         self,
@@ -190,10 +191,10 @@ class Lifecycles:
             )
             moved = move(self.definitions.of(entity), entity, act)
             async with together(connection):
-                await self.store.update(connection, [moved])
+                [written] = await self.store.update(connection, [moved])
                 after_commit = await self.send(connection, [self.outbound(moved)])
         after_commit()
-        return moved.entity
+        return written
 
     async def find(self, lifecycle: str, key: str) -> Entity:
         """Return an entity.

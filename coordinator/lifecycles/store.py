@@ -1,13 +1,16 @@
 """Where entities, their audit trail and delegations are kept: the same statements on PostgreSQL and SQLite."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Row, Select, and_, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from coordinator.lifecycles.chain import COLUMNS, audit_row, broken
 from coordinator.lifecycles.entity import Delegation, Entity, Moved, Signature
 from coordinator.lifecycles.tables import lifecycle_delegation, lifecycle_entity, lifecycle_history
 from events.bulk import Bulk
@@ -20,7 +23,9 @@ _FIXED = ("lifecycle", "version", "key", "created_at", "correlation_id")
 _CHANGING = tuple(name for name in _ENTITY if name not in _FIXED)
 _insert = Bulk(lifecycle_entity, *_ENTITY)
 _update = Bulk(lifecycle_entity, *_CHANGING)
-_record = Bulk(lifecycle_history, *(column.name for column in lifecycle_history.c))
+_record = Bulk(lifecycle_history, *COLUMNS, "hash")
+
+_PAGE = 500
 
 
 class LifecycleStore:
@@ -39,27 +44,30 @@ class LifecycleStore:
         row = (await connection.execute(query.with_for_update())).first()
         return None if row is None else _entity(row)
 
-    async def insert(self, connection: AsyncConnection, moved: Moved) -> bool:
-        """Insert a new entity with its first audit entry; say whether its key was new.
+    async def insert(self, connection: AsyncConnection, moved: Moved) -> Entity | None:
+        """Insert a new entity with its first audit entry, and return it; None if its key is taken.
 
         Who loses the race for a key waits here for the winner's commit, and has written nothing.
         """
-        row = _values(moved.entity, _ENTITY)
-        if not await _insert.insert_new(connection, [row], key=("lifecycle", "key")):
-            return False
-        await _record.insert(connection, [_audit_values(moved)])
-        return True
+        row = audit_row(moved)
+        written = replace(moved.entity, head=row[-1])
+        if not await _insert.insert_new(connection, [_values(written, _ENTITY)], key=("lifecycle", "key")):
+            return None
+        await _record.insert(connection, [row])
+        return written
 
-    async def update(self, connection: AsyncConnection, moved: Sequence[Moved]) -> None:
-        """Write entities that have moved, each with its audit entry.
+    async def update(self, connection: AsyncConnection, moved: Sequence[Moved]) -> list[Entity]:
+        """Write entities that have moved, each with its audit entry, and return them.
 
         Raises:
             StaleRowError: one of them was changed meanwhile; nothing may be committed.
         """
-        rows = [_values(each.entity, _CHANGING) for each in moved]
-        expected = ("revision", [each.entity.revision - 1 for each in moved])
-        await _update.update(connection, rows, key="id", expected=expected)
-        await _record.insert(connection, [_audit_values(each) for each in moved])
+        rows = [audit_row(each) for each in moved]
+        written = [replace(each.entity, head=row[-1]) for each, row in zip(moved, rows, strict=True)]
+        expected = ("revision", [each.revision - 1 for each in written])
+        await _update.update(connection, [_values(each, _CHANGING) for each in written], key="id", expected=expected)
+        await _record.insert(connection, rows)
+        return written
 
     async def claim_due(self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int) -> list[Entity]:
         """Return entities whose deadline has passed on the database's clock, locked; others skip them.
@@ -158,6 +166,32 @@ class LifecycleStore:
         )
         return await self._read(query)
 
+    async def verify(
+        self, *, lifecycle: str | None = None, key: str | None = None
+    ) -> AsyncIterator[tuple[Entity, str | None]]:
+        """Return all entities, or those meant, each with what is wrong with its audit trail; None if nothing is.
+
+        An entity and its entries are read in one statement, so whoever acts meanwhile changes both or none.
+        """
+        e, h = lifecycle_entity.c, lifecycle_history.c
+        meant = select(e.id).order_by(e.id).limit(_PAGE)
+        meant = meant if lifecycle is None else meant.where(e.lifecycle == lifecycle)
+        meant = meant if key is None else meant.where(e.key == key)
+        both = select(lifecycle_entity, lifecycle_history).outerjoin_from(
+            lifecycle_entity, lifecycle_history, h.entity_id == e.id
+        )
+        last: UUID | None = None
+        while True:
+            page = meant if last is None else meant.where(e.id > last)
+            rows = await self._read(both.where(e.id.in_(page)).order_by(e.id, h.revision))
+            for last, group in groupby((row._mapping for row in rows), key=lambda row: row[e.id]):  # noqa: B007, SLF001  # the page ends with it; SQLAlchemy's name for it is public
+                entries = list(group)
+                entity = _entity_of({name: entries[0][e[name]] for name in Entity.__slots__})
+                trail = [{column.name: each[column] for column in h} for each in entries]
+                yield entity, broken(entity, trail if trail[0]["revision"] is not None else [])
+            if not rows:
+                return
+
     async def delegations(self, *, user: str | None = None, limit: int = 50) -> Sequence[Delegation]:
         """Return the newest delegations, those from or to a person only if one is given."""
         d = lifecycle_delegation.c
@@ -181,36 +215,16 @@ def _values(entity: Entity, names: Iterable[str]) -> tuple[Any, ...]:
 
 
 def _entity(row: Row[Any]) -> Entity:
-    values = {name: getattr(row, name) for name in Entity.__slots__}
-    values["votes"], values["signatures"] = _signed(row.votes), _signed(row.signatures)
-    return Entity(**values)
+    return _entity_of({name: getattr(row, name) for name in Entity.__slots__})
+
+
+def _entity_of(values: dict[str, Any]) -> Entity:
+    signed = {name: _signed(values[name]) for name in ("votes", "signatures")}
+    return Entity(**{**values, **signed})
 
 
 def _signed(stored: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, list[Signature]]:
     return {name: [(user, acting_for) for user, acting_for in signatures] for name, signatures in stored.items()}
-
-
-def _audit_values(moved: Moved) -> tuple[Any, ...]:
-    entity, e = moved.entity, moved.entry
-    by = e.by
-    return (
-        entity.id,
-        entity.revision,
-        e.kind.value,
-        e.at,
-        e.from_state,
-        e.to_state,
-        e.transition,
-        by and by.user,
-        by and by.acting_for,
-        sorted(by.roles) if by else [],
-        e.role,
-        e.delegation,
-        e.comment,
-        e.message_id,
-        list(e.votes),
-        dict(e.change),
-    )
 
 
 def _delegation(row: Row[Any]) -> Delegation:

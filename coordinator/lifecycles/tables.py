@@ -1,8 +1,8 @@
 """The tables of life cycles: one row an entity, one row for what has happened to one, one row a delegation."""
 
-from sqlalchemy import Column, ForeignKey, Index, Integer, Table, Text, Uuid, text
+from sqlalchemy import Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, Uuid, text
 
-from events.tables import Json, Timestamp, metadata
+from events.tables import Json, JsonText, Timestamp, metadata
 
 _has_deadline = text("due_at IS NOT NULL")
 
@@ -27,12 +27,13 @@ lifecycle_entity = Table(
     Column("due_at", Timestamp),  # the earlier one of the two
     Column("escalated_to", Text),
     Column("correlation_id", Text),
+    Column("head", LargeBinary, nullable=False),  # the hash of its last audit entry
     Index("uq_lifecycle_entity_lifecycle_key", "lifecycle", "key", unique=True),
     Index("ix_lifecycle_entity_state", "lifecycle", "state", "id"),
     Index("ix_lifecycle_entity_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
 )
 
-# The audit trail. Append only: nothing here is ever changed.
+# The audit trail. Append only: nothing here is ever changed. JSON is kept as text, since there is a hash over it.
 lifecycle_history = Table(
     "lifecycle_history",
     metadata,
@@ -45,13 +46,14 @@ lifecycle_history = Table(
     Column("transition", Text),
     Column("actor", Text),  # who did it,
     Column("acting_for", Text),  # and for whom
-    Column("roles", Json, nullable=False),  # those that he had,
+    Column("roles", JsonText, nullable=False),  # those that he had,
     Column("role", Text),  # and the one that allowed it,
     Column("delegation_id", Uuid, ForeignKey("lifecycle_delegation.id")),  # if somebody had delegated it
     Column("comment", Text, nullable=False),
     Column("message_id", Text),
-    Column("votes", Json, nullable=False),
-    Column("change", Json, nullable=False),
+    Column("votes", JsonText, nullable=False),
+    Column("change", JsonText, nullable=False),
+    Column("hash", LargeBinary, nullable=False),  # see `coordinator.lifecycles.chain`
     Index("ix_lifecycle_history_actor_at", "actor", "at"),
     Index(None, "at"),
 )

@@ -40,7 +40,6 @@ class LifecycleTimers:
 
     async def start(self) -> None:
         """Begin to look for what is due."""
-        await self._lifecycles.store.clock.calibrate()
         self._supervisor.start("lifecycles.timers", self._run)
 
     async def stop(self) -> None:

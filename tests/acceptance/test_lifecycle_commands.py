@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.acceptance.test_cli import coordinator
@@ -74,6 +75,12 @@ def test_a_document_from_draft_to_approval_with_a_delegate_and_its_audit_trail(r
     assert "approve" in said(running, "audit", "--since", "2020-01-01", "--until", "2100-01-01")
     [listed] = json.loads(said(running, "list", "document", "--state", "approved", "--json"))["entities"]
     assert (listed["key"], listed["data"]["title"]) == ("d-1", "Plan")
+    assert said(running, "verify", "document") == "1 as their audit trail says, 0 not\n"
+    with psycopg.connect(running["COORDINATOR_DATABASE_URL"].replace("+asyncpg", "")) as connection:
+        connection.execute("UPDATE lifecycle_history SET actor = 'eve' WHERE transition = 'approve'")
+    tampered = coordinator(running, "lifecycles", "verify")
+    assert tampered.returncode == 1
+    assert "document d-1: entry 3 is not as it was written" in tampered.stdout
     chart = said(running, "chart", APP, "document", "--of", "d-1").splitlines()
     assert "    class approved here" in chart
     assert "    class pending_approval been" in chart

@@ -350,6 +350,68 @@ async def test_the_audit_trail_is_found_by_person_time_and_entity(desk: Desk) ->
     assert await found(since=now + timedelta(hours=1)) == []
 
 
+async def verified(desk: Desk, **meant: str) -> dict[str, str | None]:
+    return {entity.key: problem async for entity, problem in desk.store.verify(**meant)}
+
+
+async def test_an_audit_trail_that_is_whole_is_found_to_be(desk: Desk) -> None:
+    assert await verified(desk) == {}
+    for number in ("p-1", "p-2", "p-3"):
+        await desk.create(number, title=TRICKY)
+    await delegated(desk)
+    await desk.act("accept", actor("dan", "a", "b", acting_for="bob"), "p-1", comment=TRICKY)
+    await desk.act("withdraw", ANN, "p-2")
+    await desk.act("write", ANN, "p-2", edits={"title": "Tides"})
+    await desk.pass_time(4)
+    assert await verified(desk) == {"p-1": None, "p-2": None, "p-3": None}
+    assert await verified(desk, lifecycle="paper", key="p-2") == {"p-2": None}
+    assert await verified(desk, lifecycle="letter") == {}
+
+
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [
+        ("UPDATE lifecycle_history SET actor = 'eve' WHERE revision = 3", "entry 3 is not as it was written"),
+        ("UPDATE lifecycle_history SET comment = '' WHERE revision = 3", "entry 3 is not as it was written"),
+        ("UPDATE lifecycle_history SET change = '{}' WHERE revision = 1", "entry 1 is not as it was written"),
+        ("DELETE FROM lifecycle_history WHERE revision = 2", "entry 2 is missing"),
+        ("DELETE FROM lifecycle_history WHERE revision = 4", "it is at revision 4, its audit trail at 3"),
+        ("DELETE FROM lifecycle_history", "it is at revision 4, its audit trail at 0"),
+        ("UPDATE lifecycle_entity SET state = 'refused'", "it is refused, which its audit trail does not say"),
+        ('UPDATE lifecycle_entity SET data = \'{"number": "p-1"}\'', "its data are not what its audit trail says"),
+    ],
+)
+async def test_an_audit_trail_that_somebody_has_changed_is_found_out(desk: Desk, done: str, said: str) -> None:
+    await desk.create()
+    await desk.act("accept", BOB, comment="fine")
+    await desk.act("accept", CID)
+    assert await verified(desk) == {"p-1": None}
+    async with transaction(desk.engine) as connection:
+        await connection.exec_driver_sql(done)
+    found = await verified(desk)
+    assert found["p-1"] is not None
+    assert found["p-1"].startswith(said)
+
+
+async def test_whoever_acts_while_an_audit_trail_is_checked_does_not_break_it(desks: list[Desk]) -> None:
+    one, other = desks
+    await one.create()
+
+    async def act() -> None:
+        for number in range(20):
+            await one.act("withdraw", ANN)
+            await one.act("write", ANN, edits={"title": f"Tides {number}"})
+            await one.act("submit", ANN)
+
+    acting = asyncio.create_task(act())
+    checks = 0
+    while not acting.done():
+        assert await verified(other) == {"p-1": None}
+        checks += 1
+    await acting
+    assert checks
+
+
 async def test_no_entry_of_the_audit_trail_is_written_twice(desk: Desk) -> None:
     """The database itself refuses a second entry for one revision."""
     entity = await desk.create()

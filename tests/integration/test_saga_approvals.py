@@ -10,13 +10,21 @@ from coordinator import App, Saga, Settings, compensated, completed, sequence, s
 from coordinator.catalog.approvals import approval, approval_handlers
 from coordinator.instance import Status
 from coordinator.lifecycles import Actor, NotAllowedError, TransitionRefusedError
+from coordinator.lifecycles.tables import lifecycle_entity
 from coordinator.node import Node
 from coordinator.testing import SagaRun
-from events.catalog.approvals import ApprovalRequested, ApprovalWithdrawn, RequestApproval, WithdrawApproval
+from events.catalog.approvals import (
+    ApprovalOverdue,
+    ApprovalRequested,
+    ApprovalWithdrawn,
+    RequestApproval,
+    WithdrawApproval,
+)
+from events.database import transaction
 from events.message import Command, Event
 from handlers import Declined, handles
 from handlers.tables import inbox
-from tests.support.flows import until
+from tests.support.flows import START, until
 from tests.support.lifecycles import actor
 
 ZOE, MAX = actor("zoe", "manager"), actor("max", "manager")
@@ -108,11 +116,16 @@ async def note_withdrawal(event: ApprovalWithdrawn) -> None:
     heard.append(event)
 
 
+@handles(ApprovalOverdue)
+async def note_reminder(event: ApprovalOverdue) -> None:
+    heard.append(event)
+
+
 def app_of(*sagas: type[Saga]) -> App:
     return App(
         "orders",
         sagas=sagas,
-        handlers=[charge, note_request, note_withdrawal, *approval_handlers(manager)],
+        handlers=[charge, note_request, note_withdrawal, note_reminder, *approval_handlers(manager)],
         lifecycles=[manager.lifecycle],
     )
 
@@ -197,6 +210,19 @@ async def test_an_approval_is_withdrawn_when_a_later_step_fails(node: Node) -> N
     with pytest.raises(TransitionRefusedError, match="possible is: nothing, this is its end"):
         await decide(node, "broke", "grant", ZOE)
     await until(lambda: asyncio.sleep(0, ApprovalWithdrawn(approval="order_approval", key="broke") in heard))
+
+
+async def test_a_running_node_reminds_of_what_waits(node: Node) -> None:
+    await place(node, "1")
+    async with transaction(node.engine) as connection:
+        await connection.execute(lifecycle_entity.update().values(due_at=START, remind_at=START))
+
+    async def is_reminded_of() -> bool:
+        return any(isinstance(each, ApprovalOverdue) and each.key == "1" for each in heard)
+
+    await until(is_reminded_of)
+    assert (await node.lifecycles.find("order_approval", "1")).reminders == 1
+    assert await node.problems() == []
 
 
 async def test_an_approval_that_another_saga_has_asked_for_is_declined_and_left_alone(settings: Settings) -> None:

@@ -9,21 +9,20 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Text, select, type_coerce
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from coordinator.chain import COLUMNS, GENESIS, seal
 from coordinator.definition import Saga
 from coordinator.engine import Engine
 from coordinator.instance import Instance
 from coordinator.store import Store
-from coordinator.tables import saga_history, saga_instance
+from coordinator.tables import saga_instance
+from coordinator.verification import Verification
 from events.codec import Limits, bundle_body
 from events.database import open_database, transaction
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
 from events.ids import TimeOrderedIds
 from events.message import Message, Succeeded
-from events.tables import JsonText, dead_letter, outbox
+from events.tables import dead_letter, outbox
 from tests.support.flows import (
     PATIENCE,
     START,
@@ -105,6 +104,7 @@ class World:
         self.engine = engine
         self.clock = ManualClock()
         self._stack = stack
+        self._tampered: set[UUID] = set()
 
     async def coordinator(
         self,
@@ -126,22 +126,8 @@ class World:
         return found
 
     async def history(self, key: str = "t-1") -> list[str]:
-        """The kinds of all transitions of an instance, whose revisions have no gap and whose chain is whole."""
-        instance = await self.instance(key)
-        columns = [type_coerce(saga_history.c[name], saga_history.c[name].type) for name in COLUMNS]
-        columns = [type_coerce(each, Text) if isinstance(each.type, JsonText) else each for each in columns]
-        ours = saga_history.c.saga_id == instance.id
-        async with transaction(self.engine) as connection:
-            found = await connection.execute(
-                select(*columns, saga_history.c.hash).where(ours).order_by(saga_history.c.revision)
-            )
-            rows = found.all()
-        head = GENESIS
-        for number, row in enumerate(rows, 1):
-            head = seal(head, row[:-1])
-            assert (row.revision, row.hash) == (number, head)
-        assert instance.head == head
-        return [row.kind for row in rows]
+        """The kinds of all transitions of an instance."""
+        return [row.kind for row in await Store(self.engine, self.clock).history((await self.instance(key)).id)]
 
     async def sent(self, type: str | None = None) -> list[Envelope]:
         async with transaction(self.engine) as connection:
@@ -157,8 +143,15 @@ class World:
         assert len({row.body for row in rows}) == len(rows)
         return {row.body: row.reason for row in rows}
 
+    async def verify(self) -> None:
+        """Whatever a test has done, histories are whole and the invariants hold; only deadlines may have passed."""
+        found = [each async for each in Verification(self.engine, self.clock).findings()]
+        left = [each for each in found if "nobody has acted" not in each.detail and each.saga_id not in self._tampered]
+        assert left == []
+
     async def set_state(self, key: str, state: dict[str, Any]) -> None:
         """Write a state that no version of the saga has written."""
+        self._tampered.add((await self.instance(key)).id)
         async with transaction(self.engine) as connection:
             await connection.execute(saga_instance.update().where(saga_instance.c.key == key).values(state=state))
 
@@ -166,8 +159,11 @@ class World:
 @asynccontextmanager
 async def open_world(url: str) -> AsyncIterator[World]:
     """A database for coordinators, which end with it."""
-    async with open_store(url) as engine, AsyncExitStack() as stack:
-        yield World(url, engine, stack)
+    async with open_store(url) as engine:
+        async with AsyncExitStack() as stack:
+            made = World(url, engine, stack)
+            yield made
+        await made.verify()
 
 
 def envelope_of(message: Message, saga: SagaLink | None = None) -> Envelope:

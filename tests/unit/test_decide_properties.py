@@ -23,6 +23,7 @@ from coordinator.steps import Deadline, Ending, Hook, OutcomeHook, Start, Step, 
 from events.derive import derive_id
 from events.envelope import Direction, Result
 from events.message import Command, Event, Reply
+from tests.support.histories import findings
 from tests.support.sagas import SAGA_ID, START
 
 EXAMPLES = os.environ.get("SAGA_EXAMPLES")
@@ -167,6 +168,7 @@ class World:
     accepted: set[str] = field(default_factory=set)
     in_time: set[str] = field(default_factory=set)
     announced: dict[UUID, Event] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.definition = make(self.shape)
@@ -184,6 +186,7 @@ class World:
             assert isinstance(given, Elapsed)
             return
         self.check_decision(before, decision, given)
+        self.decisions.append(decision)
         if isinstance(given, Replied) and (
             decision.entry.kind,
             given.direction,
@@ -351,6 +354,7 @@ class World:
         if instance.status is Status.NEEDS_ATTENTION:
             assert instance.reason
             assert self.shape.faults or [at for at in steps.values() if at.status is StepStatus.UNDO_FAILED]
+        assert findings(self.decisions, self.now) == []
         assert len(self.announced) <= 1
         assert all(event == Ended(how=event.how) for event in self.announced.values() if isinstance(event, Ended))
 

@@ -14,6 +14,7 @@ from coordinator.steps import Hook, Step
 from coordinator.testing import BEGIN, SagaRun
 from events.envelope import Direction, Result
 from events.errors import DefinitionError
+from tests.support.histories import findings
 from tests.support.trips import TripWanted, booking, is_far, names, run, saga
 
 
@@ -270,6 +271,7 @@ def test_whatever_happens_nothing_is_undone_after_a_pivot(results: list[Result |
             waiting[0], direction, result, attempt=at.attempt if direction is Direction.DO else at.undo_attempt
         )
     undone = any(request.direction is Direction.UNDO for decision in trip.decisions for request in decision.requests)
+    assert findings(trip.decisions, trip.now) == []
     pivot = trip.instance.steps.get("pivot")
     if pivot is not None and pivot.status is StepStatus.SUCCEEDED:
         assert not undone
@@ -360,6 +362,7 @@ def test_any_flow_ends_with_all_done_or_exactly_that_undone_in_reverse(flow: Nod
     world = World(flow, data)
     world.play()
     trip = world.trip
+    assert findings(trip.decisions, trip.now) == []
     steps = {node.name: node for node in nodes(flow) if isinstance(node, Step)}
     states = trip.instance.steps
     taken = {name for name in states if name in steps}

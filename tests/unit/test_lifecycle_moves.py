@@ -200,7 +200,7 @@ def test_nobody_is_called_nothing(name: str) -> None:
 # Four eyes
 
 
-@pytest.mark.parametrize("name", ["ann", "Ann", "ANN"])
+@pytest.mark.parametrize("name", ["ann", "Ann", "ANN", "\uff21nn"])
 def test_an_author_cannot_accept_his_own_however_it_is_spelt(name: str) -> None:
     with pytest.raises(NotAllowedError, match="it takes somebody else than author and who stands in for him"):
         in_review().act("accept", actor(name, "editor"))

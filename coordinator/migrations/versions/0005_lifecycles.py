@@ -37,6 +37,7 @@ def upgrade() -> None:
         sa.Column("due_at", Timestamp()),
         sa.Column("escalated_to", sa.Text()),
         sa.Column("correlation_id", sa.Text()),
+        sa.Column("head", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_lifecycle_entity"),
     )
     op.create_index("uq_lifecycle_entity_lifecycle_key", "lifecycle_entity", ["lifecycle", "key"], unique=True)
@@ -76,13 +77,14 @@ def upgrade() -> None:
         sa.Column("transition", sa.Text()),
         sa.Column("actor", sa.Text()),
         sa.Column("acting_for", sa.Text()),
-        sa.Column("roles", _Json, nullable=False),
+        sa.Column("roles", sa.Text(), nullable=False),
         sa.Column("role", sa.Text()),
         sa.Column("delegation_id", sa.Uuid()),
         sa.Column("comment", sa.Text(), nullable=False),
         sa.Column("message_id", sa.Text()),
-        sa.Column("votes", _Json, nullable=False),
-        sa.Column("change", _Json, nullable=False),
+        sa.Column("votes", sa.Text(), nullable=False),
+        sa.Column("change", sa.Text(), nullable=False),
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("entity_id", "revision", name="pk_lifecycle_history"),
         sa.ForeignKeyConstraint(["entity_id"], ["lifecycle_entity.id"], name="fk_lifecycle_history_entity_id"),
         sa.ForeignKeyConstraint(

@@ -1,0 +1,158 @@
+"""Checks a whole database, read-only and while it is worked on: hash chains, and what must hold of every saga.
+
+All is read from one snapshot, many sagas at a time. What can be told of all rows alike the database tells itself, and
+returns what is wrong only; sagas in which anything but plain successes has happened are told again row by row.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, func, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from coordinator.chain import COLUMNS, digest
+from coordinator.invariants import Finding, Retold, check_saga, overtaken
+from coordinator.store import Store
+from coordinator.tables import saga_history, saga_instance
+from coordinator.verification_queries import Page, bare, broken, ended_in_vain, repeated, unusual
+from events.bulk import Lookup
+from events.clock import Clock
+from events.sqlite import READ_ONLY
+from handlers.fence import MARKS
+from handlers.inbox import OF_SAGAS
+from handlers.tables import inbox
+
+_PAGE = 10_000  # sagas that are checked at a time
+_CHUNK = 500  # sagas that are told again at a time
+_handled = Lookup(inbox, "message_key", "consumer", "reply", "handled_at", key="message_key")
+
+
+@dataclass(slots=True)
+class Checked:
+    """How much has been checked so far."""
+
+    sagas: int = 0
+    transitions: int = 0
+    retold: int = 0
+
+
+class Verification:
+    """One check of a database.
+
+    Args:
+        engine: the database; nothing is written to it.
+        clock: the time, where the database has none.
+        since: check only sagas that have moved since.
+    """
+
+    def __init__(self, engine: AsyncEngine, clock: Clock, *, since: datetime | None = None) -> None:
+        self._engine = engine
+        self._store = Store(engine, clock)
+        self._since = since
+        self.checked = Checked()
+
+    async def findings(self) -> AsyncIterator[Finding]:
+        """Return what does not hold, while it is being looked for."""
+        await self._store.clock.calibrate()
+        async with _snapshot(self._engine) as connection:
+            last: UUID | None = None
+            while True:
+                page = Page(last, await self._end_of_page(connection, last), self._since)
+                for finding in await self._compare(connection, page):
+                    yield finding
+                ids = (await connection.execute(unusual(page))).scalars().all()
+                for first in range(0, len(ids), _CHUNK):
+                    for finding in await self._retell(connection, ids[first : first + _CHUNK]):
+                        yield finding
+                if page.last is None:
+                    return
+                last = page.last
+
+    async def _end_of_page(self, connection: AsyncConnection, after: UUID | None) -> UUID | None:
+        """Return the id of the last saga of the next page; None for the last page, which has no end."""
+        ids = select(saga_instance.c.id).order_by(saga_instance.c.id).offset(_PAGE - 1).limit(1)
+        if after is not None:
+            ids = ids.where(saga_instance.c.id > after)
+        end: UUID | None = (await connection.execute(ids)).scalar_one_or_none()
+        return end
+
+    async def _compare(self, connection: AsyncConnection, page: Page) -> list[Finding]:
+        """Let the database say which rows do not follow from each other, and which instances not from their rows."""
+        totals = select(func.count(), func.coalesce(func.sum(saga_instance.c.revision), 0)).where(page.of_instances)
+        sagas, transitions = (await connection.execute(totals)).one()
+        self.checked.sagas += sagas
+        self.checked.transitions += transitions
+        found = [each for row in await connection.execute(broken(page)) for each in _told(row)]
+        for query, invariant, detail in (
+            (repeated(page), "I2", "{step} has succeeded {times} times"),
+            (ended_in_vain(page), "I1", "it is {status}, and an answer is outstanding"),
+            (bare(page), "I13", "it has no history"),
+        ):
+            rows = (await connection.execute(query)).mappings()
+            found += [Finding(row["saga_id"], invariant, detail.format(**row)) for row in rows]
+        return found
+
+    async def _retell(self, connection: AsyncConnection, ids: Sequence[UUID]) -> list[Finding]:
+        """Tell sagas again from their histories, and compare."""
+        now = self._store.clock.now()
+        instances = await self._store.load(connection, ids, lock=False)
+        query = select(saga_history).where(saga_history.c.saga_id.in_(ids))
+        rows = await connection.execute(query.order_by(saga_history.c.saga_id, saga_history.c.revision))
+        found: list[Finding] = []
+        undone: dict[UUID, Retold] = {}
+        for saga_id, history in groupby(rows, key=lambda row: row.saga_id):
+            self.checked.retold += 1
+            findings, retold = check_saga(instances[saga_id], list(history), now)
+            found += findings
+            if retold.undone:
+                undone[saga_id] = retold
+        return found + await _overtaken(connection, undone)
+
+
+async def _overtaken(connection: AsyncConnection, undone: dict[UUID, Retold]) -> list[Finding]:
+    """Ask the inbox whether commands were handled after their compensation; of handlers elsewhere it knows nothing."""
+    sent = [ids for retold in undone.values() for each in (retold.done, retold.undone) for ids in each.values()]
+    commands = [each for ids in sent for each in ids]
+    if not commands:
+        return []
+    rows = [row for row in await _handled.find(connection, commands) if row[1] == OF_SAGAS]
+    barred = frozenset(key for key, _, reply, _ in rows if reply in MARKS)
+    handled = {key: at for key, _, _, at in rows}
+    return [each for saga_id, retold in undone.items() for each in overtaken(saga_id, retold, handled, barred)]
+
+
+@asynccontextmanager
+async def _snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Read everything as it is now, whatever is committed meanwhile; nobody waits for us."""
+    if engine.dialect.name == "postgresql":
+        options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        async with engine.execution_options(**options).connect() as connection:
+            yield connection
+        return
+    async with engine.execution_options(**{READ_ONLY: True}).connect() as connection:
+        raw: Any = (await connection.get_raw_connection()).driver_connection
+        await raw.create_function("saga_digest", len(COLUMNS) + 1, digest, deterministic=True)
+        await connection.exec_driver_sql("BEGIN")
+        yield connection
+
+
+def _told(row: Row[Any]) -> list[Finding]:
+    """Return what is wrong with a row that `broken` has found."""
+    at = f"revision {row.revision}"
+    said = {
+        "gap": ("I13", f"{at}: a row before it is missing"),
+        "chain": ("I13", f"{at}: it, or the row before it, is not what was written"),
+        "begin": ("I10", f"{at}: it does not begin with a start"),
+        "path": ("I10", f"{at}: {row.now} does not follow from {row.status_before}"),
+        "gone": ("I13", "its history is there, and it is not"),
+        "head": ("I13", f"its last row is {at}, and it knows of another one"),
+        "status": ("I9", f"its status is not that of its last row, {row.now}"),
+        "reason": ("I9", "its reason is not that of its last row"),
+        "time": ("I9", "it was written at another time than its last row"),
+    }
+    return [Finding(row.saga_id, *about) for name, about in said.items() if getattr(row, name)]
