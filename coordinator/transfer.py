@@ -98,6 +98,8 @@ class _Position:
         for name, at in self._instance.steps.items():
             step, number = step_and_item(name)
             after = self._migration.renamed.get(step, step)
+            if after in self._steps:
+                raise NotTransferableError(f"{name} and another part are both {after} in version {self._new.version}")
             if number is not None:  # an item goes where its step goes
                 self._steps[name] = at
             elif after in self._new.by_name:
@@ -197,6 +199,8 @@ class _Position:
                     yield condition.name
                 elif (taken := then if at.status is StepStatus.TAKEN else otherwise) is not None:
                     yield from self._left_in(taken)
+            case Parallel() if any(branch.name in self._steps for branch in self._new.branches.get(node, ())):
+                return  # as many branches as were needed are done: what has not begun in others never does
             case Sequence(parts) | Parallel(parts):
                 for part in parts:
                     yield from self._left_in(part)

@@ -19,7 +19,10 @@ def run(page: Path) -> None:
     exec(compile(code, str(page), "exec", dont_inherit=True), {"__name__": page.stem})
 
 
-@pytest.mark.parametrize("name", ["approvals.md", "first-saga.md", "flows.md", "handlers.md", "sagas.md"])
+PAGES = ["approvals.md", "first-saga.md", "flows.md", "handlers.md", "sagas.md", "versions.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_prints_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

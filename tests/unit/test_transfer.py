@@ -224,6 +224,12 @@ def test_a_step_without_a_compensation_is_renamed_once_it_is_over() -> None:
     assert set(run.instance.steps) == {"x", "b"}
 
 
+def test_two_steps_do_not_become_one() -> None:
+    run = first(sequence(booking("a", undone=False), booking("b", undone=False), booking("c"))).succeeds().succeeds()
+    later = version(2, sequence(booking("b", undone=False), booking("c")), renamed={"a": "b"})
+    assert refused(run, later) == "b and another part are both b in version 2"
+
+
 def test_a_new_step_before_what_has_begun_is_passed_only_if_the_migration_says_so() -> None:
     flow = sequence(booking("new", undone=False), booking("a"), booking("b"), booking("c"))
     run = first(abc())
@@ -347,6 +353,14 @@ def test_what_has_begun_stays_in_the_same_branches() -> None:
     run = first(sequence(other, booking("c")))
     moved(run, version(2, sequence(other, booking("d"))))
     assert "book d" in names(run.succeeds(step="a").sent)
+
+
+def test_what_has_not_begun_in_a_branch_that_was_not_needed_is_not_missed() -> None:
+    flow = parallel(booking("a"), sequence(booking("b"), booking("never")), needed=1)
+    run = first(sequence(flow, booking("c"))).declines("no", step="b").succeeds(step="a")
+    assert names(run.sent) == ["book c"]
+    moved(run, version(2, sequence(flow, booking("c"), booking("d"))))
+    assert names(run.succeeds().sent) == ["book d"]
 
 
 @pytest.mark.parametrize(
