@@ -134,7 +134,7 @@ def _refuse_stale(draft: Draft, given: Acted) -> None:
 
 
 def _cancel(draft: Draft, given: Acted) -> None:
-    if draft.status is not Status.RUNNING:
+    if draft.status not in (Status.WAITING, Status.RUNNING):
         raise NotPossibleError(f"only a running saga can be cancelled; this one is {draft.status}")
     _refuse_past_pivot(draft)
     draft.turn_back(f"cancelled by {given.by}: {given.why}")
@@ -219,7 +219,7 @@ def _lift(draft: Draft, given: Acted) -> None:
 
 def _refuse_without_own(draft: Draft) -> None:
     """The saga's own deadline is when it turns back: there is none once it cannot, or has."""
-    if draft.status is not Status.RUNNING or draft.is_past_pivot:
+    if draft.status not in (Status.WAITING, Status.RUNNING) or draft.is_past_pivot:
         past = " and past its pivot" if draft.is_past_pivot else ""
         raise NotPossibleError(f"the saga is {draft.status}{past}; it has no deadline of its own any more")
 

@@ -18,6 +18,7 @@ from coordinator.decision import (
     Asked,
     Decision,
     Elapsed,
+    Granted,
     Happened,
     Input,
     Recalled,
@@ -79,6 +80,7 @@ class Batch:
         over: parts that wait no more, with the types of what they have waited for.
         parked: events that no instance waits for yet.
         taken: the keys of messages that shall not be taken a second time.
+        joining: the business keys that new instances wait for.
         held: messages to instances of versions that this application does not have, for processes that have them.
     """
 
@@ -86,7 +88,7 @@ class Batch:
         self._sagas = sagas
         self._ports = ports
         self._facts = facts
-        self.loaded = facts.loaded
+        self.loaded = dict(facts.loaded)
         self.current = dict(facts.loaded)
         self.begun: dict[tuple[UUID, str], Begun] = {}
         self.over: list[tuple[UUID, str, tuple[str, ...]]] = []
@@ -96,6 +98,7 @@ class Batch:
         self.history: list[HistoryRow] = []
         self.messages: list[tuple[UUID, Outbound]] = []
         self.letters: list[DeadLetter] = []
+        self.joining: dict[UUID, str] = {}
         self.held: list[Waiting] = []
         self._notes: list[Note] = []
         self._refusals: list[tuple[UUID, Outbound]] = []
@@ -110,6 +113,17 @@ class Batch:
     def fresh(self) -> list[Instance]:
         """The new instances that were not dropped."""
         return [instance for instance in self.new.values() if instance.id not in self._dropped]
+
+    @property
+    def leaving(self) -> list[UUID]:
+        """The instances that have ended, of sagas that hold a business key until then."""
+        ended = (each for each in self.changed if each.status.ended and not self.loaded[each.id].status.ended)
+        return [each.id for each in ended if self._sagas.of(each).lock is not None]
+
+    def admit(self, instances: Iterable[Instance]) -> None:
+        """Count instances as loaded as well: they have been locked, or inserted, in this transaction."""
+        for instance in instances:
+            self.loaded[instance.id] = self.current[instance.id] = instance
 
     def take(self, item: Item) -> None:
         """Decide on one message; whatever is wrong with it ends as a dead letter and spoils nothing else."""
@@ -135,6 +149,28 @@ class Batch:
         definition = self._sagas.of(instance)
         try:
             self._decide(definition, instance, given, "deadline", cause=_unanswered(instance, given.now))
+        except Exception as error:
+            logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
+            self.stop(instance, f"{definition.cls.__name__} cannot be decided on: {error!r}")
+
+    def awaits_turn(self, saga: UUID) -> bool:
+        """Say whether an instance has still not begun, although this application may have its version."""
+        instance = self.current.get(saga)
+        if instance is None:
+            return True
+        return instance.status is Status.WAITING and (instance.saga, instance.version) in self._sagas.by_version
+
+    def grant(self, saga: UUID) -> None:
+        """Let a loaded instance begin that waits for its business key.
+
+        One whose version this application does not have is left to those that have it.
+        """
+        instance = self.current[saga]
+        definition = self._sagas.by_version.get((instance.saga, instance.version))
+        if instance.status is not Status.WAITING or definition is None:
+            return
+        try:
+            self._decide(definition, instance, Granted(self._ports.now()), "granted", cause=None)
         except Exception as error:
             logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
             self.stop(instance, f"{definition.cls.__name__} cannot be decided on: {error!r}")
@@ -207,6 +243,7 @@ class Batch:
         self.history = [row for row in self.history if row[0] not in dropped]
         self.messages = [message for message in self.messages if message[0] not in dropped] + self._refusals
         self.begun = {key: begun for key, begun in self.begun.items() if begun.saga_id not in dropped}
+        self.joining = {saga: key for saga, key in self.joining.items() if saga not in dropped}
 
     def log(self) -> None:
         """Say what has happened; to be called after the commit, since only then it has."""
@@ -456,6 +493,8 @@ class Batch:
             self.current[instance.id] = instance
         else:
             self.new[instance.saga, instance.key] = instance
+            if decision.lock is not None:
+                self.joining[instance.id] = decision.lock
         self.messages += [(instance.id, message) for message in messages]
         if not (decision.waits or decision.over):
             return

@@ -23,6 +23,7 @@ from coordinator.health import serving_health
 from coordinator.history_commands import verify
 from coordinator.instance import Instance
 from coordinator.lifecycle_commands import lifecycles
+from coordinator.lines import Lines
 from coordinator.loading import load_app
 from coordinator.node import Node, open_bus, open_reading, open_schema
 from coordinator.publishing import publish_lines, queues_of
@@ -208,7 +209,8 @@ def show_saga(reference: Reference, as_json: AsJson = False) -> None:
 
     async def work(store: Store) -> None:
         for instance in await _find(store, reference):
-            views.print_instance(out, instance, await store.history(instance.id), as_json=as_json)
+            history, place = await store.history(instance.id), await Lines(store).place(instance.id)
+            views.print_instance(out, instance, history, place=place, as_json=as_json)
 
     _with_store(work)
 

@@ -5,7 +5,7 @@ and the history entry. Every change of an instance goes through here.
 """
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from coordinator.acts import act, told
 from coordinator.concern import without_others
@@ -13,6 +13,7 @@ from coordinator.decision import (
     Acted,
     Asked,
     Decision,
+    Granted,
     Happened,
     HistoryEntry,
     Input,
@@ -61,6 +62,8 @@ def _follow(draft: Draft, given: Input) -> Decision | None:
             decision = _ask_again(draft, given)
         case Recalled():
             decision = _recall(draft, given)
+        case Granted():
+            decision = _begin(draft)
         case Acted(verb=Verb.RESOLVE):
             decision = _resolve(draft, given)
         case Acted():
@@ -99,22 +102,35 @@ def start(definition: SagaDefinition, given: Started) -> Decision:
     if not isinstance(saga, definition.cls):
         name = definition.cls.__name__
         raise TypeError(f"{name}.{method.name} must return a {name}, not {saga!r}")
+    lock = definition.lock_of(saga)
     instance = Instance(
         id=given.saga_id,
         saga=definition.name,
         version=definition.version,
         key=definition.key_of(method, saga),
-        status=Status.RUNNING,
+        status=Status.RUNNING if lock is None else Status.WAITING,
         state=saga.to_state(),
         traceparent=given.traceparent,
         created_at=given.now,
         origin=given.origin,
-        deadline=None if definition.deadline is None else given.now + timedelta(seconds=definition.deadline),
+        deadline=definition.deadline_of(given.now) if lock is None else None,
     )
     draft = Draft(definition, instance, given.now)
     walk(draft)
     decision = draft.finish("started", message_id=given.message_id)
-    return replace(decision, entry=replace(decision.entry, change={**decision.entry.change, "state": instance.state}))
+    entry = replace(decision.entry, change={**decision.entry.change, "state": instance.state})
+    return replace(decision, entry=entry, lock=lock)
+
+
+def _begin(draft: Draft) -> Decision | None:
+    """Begin the work of a saga that has waited for its turn. Its deadline counts from now, unless somebody set one."""
+    if draft.status is not Status.WAITING:
+        return None
+    draft.status = Status.RUNNING
+    if draft.limit is None:
+        draft.limit = draft.definition.deadline_of(draft.now)
+    walk(draft)
+    return draft.finish("granted")
 
 
 def _reply(draft: Draft, given: Replied) -> Decision:

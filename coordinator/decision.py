@@ -77,6 +77,13 @@ class Elapsed:
     now: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The saga is first in the line for its business key: it may begin."""
+
+    now: datetime
+
+
 class Verb(StrEnum):
     """What an operator can do to a saga."""
 
@@ -125,7 +132,7 @@ class Acted:
     data: Mapping[str, Any] | None = None
 
 
-Input = Started | Replied | Happened | Asked | Recalled | Elapsed | Acted
+Input = Started | Replied | Happened | Asked | Recalled | Elapsed | Granted | Acted
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +206,7 @@ class Decision:
         waits: what it waits for from now on.
         over: the parts that wait no more.
         answers: what a child saga tells its parent.
+        lock: the business key that a new instance waits for.
     """
 
     instance: Instance
@@ -208,3 +216,4 @@ class Decision:
     waits: tuple[Standing, ...] = ()
     over: tuple[str, ...] = ()
     answers: tuple[Answer, ...] = ()
+    lock: str | None = None

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, ClassVar, Self, get_type_hints
 
@@ -19,6 +20,7 @@ from events.message import Command, Event, Message
 
 _name_pattern = re.compile(r"[a-z][a-z0-9_]{0,99}")
 _branch_pattern = re.compile(r"branch_[0-9]+")
+_LONGEST_LOCK = 500
 _words = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+")
 
 
@@ -49,6 +51,7 @@ class SagaDefinition:
     on_compensated: Ending | None
     deadline: float | None = None
     migrations: Mapping[int, Migration] = field(default_factory=dict)
+    lock: str | None = None
     by_name: dict[str, Leaf] = field(default_factory=dict)
     branches: dict[Parallel, tuple[Branch, ...]] = field(default_factory=dict)
     _around: dict[str, tuple[Branch, ...]] = field(default_factory=dict)
@@ -105,6 +108,23 @@ class SagaDefinition:
                 inside = (*around, self.branches[node][number])
             self._note_branches(part, inside)
 
+    def deadline_of(self, begun: datetime) -> datetime | None:
+        """Return when a saga turns back whose work has `begun` then."""
+        return None if self.deadline is None else begun + timedelta(seconds=self.deadline)
+
+    def lock_of(self, saga: "Saga") -> str | None:
+        """Return the business key that a new saga must hold to begin; None if it needs none.
+
+        Raises:
+            ValueError: it is empty, or longer than any key.
+        """
+        if self.lock is None:
+            return None
+        value = getattr(saga, self.lock)
+        if value is None or not str(value) or len(str(value)) > _LONGEST_LOCK:
+            raise ValueError(f"{self.name} must know its {self.lock!r} when it starts, {_LONGEST_LOCK} letters at most")
+        return f"{self.lock}={value}"
+
     def start_for(self, message_type: str) -> Start:
         """Return the start whose event has this type."""
         return next(start for start in self.starts if start.event.message_type == message_type)
@@ -135,6 +155,8 @@ class Saga(BaseModel):
         name: the saga's name; default is the class name in snake case.
         version: an instance is run to its end by the version that it started with.
         deadline: seconds from its start after which it turns back, unless a pivot has begun.
+        lock: the field that holds a business key which one running saga may have at a time. Others that want it wait
+            in line, of this and any saga whose lock is a field of the same name; their deadline counts from their turn.
     """
 
     model_config = ConfigDict(
@@ -147,17 +169,29 @@ class Saga(BaseModel):
     flow: ClassVar[Any] = None
 
     def __init_subclass__(
-        cls, *, name: str | None = None, version: int = 1, deadline: float | None = None, **kwargs: Any
+        cls,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        deadline: float | None = None,
+        lock: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Take the class arguments; pydantic hands them to `__pydantic_init_subclass__` as well."""
         super().__init_subclass__(**kwargs)
 
     @classmethod
     def __pydantic_init_subclass__(
-        cls, *, name: str | None = None, version: int = 1, deadline: float | None = None, **kwargs: Any
+        cls,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        deadline: float | None = None,
+        lock: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        cls.definition = _define(cls, name or "_".join(_words.findall(cls.__name__)).lower(), version, deadline)
+        cls.definition = _define(cls, name or "_".join(_words.findall(cls.__name__)).lower(), version, deadline, lock)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
@@ -169,7 +203,7 @@ class Saga(BaseModel):
         return self.model_dump(mode="json", warnings=False)
 
 
-def _define(cls: type[Saga], name: str, version: int, deadline: float | None) -> SagaDefinition:
+def _define(cls: type[Saga], name: str, version: int, deadline: float | None, lock: str | None) -> SagaDefinition:
     parts = {attribute: value for base in reversed(cls.__mro__) for attribute, value in vars(base).items()}
     starts = tuple(value for value in parts.values() if isinstance(value, Start))
     endings = [value for value in parts.values() if isinstance(value, Ending)]
@@ -180,6 +214,7 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
     _require(bool(_name_pattern.fullmatch(name)), cls, f"the name {name!r} must be lower case words, 100 at most")
     _require(version >= 1, cls, f"versions count from 1, not {version}")
     _require(deadline is None or 0 < deadline <= LONGEST, cls, f"a deadline is positive, {LONGEST:.0f} s at most")
+    _require_sound_lock(cls, lock, starts)
     _require(bool(cls.model_fields), cls, "a saga needs at least one field: its business key")
     _require(bool(starts), cls, "declare how it begins with @starts_on(Event)")
     _require(isinstance(flow, Node), cls, "declare its flow: flow = sequence(first, second, ...)")
@@ -226,6 +261,7 @@ def _define(cls: type[Saga], name: str, version: int, deadline: float | None) ->
         on_compensated[0] if on_compensated else None,
         deadline,
         _migrations(cls, version, parts.values(), names),
+        lock,
     )
 
 
@@ -257,6 +293,12 @@ def _check_wait(cls: type[Saga], wait: Wait) -> None:
             _require(False, cls, f"{wait.name} is found by {missing[0]!r}, which is no field of {event.__name__}")
     if missing := [name for name in wait.by.values() if name not in cls.model_fields]:
         _require(False, cls, f"{wait.name} is found by {missing[0]!r}, which is none of its fields")
+
+
+def _require_sound_lock(cls: type[Saga], lock: str | None, starts: tuple[Start, ...]) -> None:
+    _require(lock is None or lock in cls.model_fields, cls, f"the lock {lock!r} is none of its fields")
+    if lock is not None and any(issubclass(start.event, Command) for start in starts):
+        _require(False, cls, "a child has no lock: it might wait for its parent, which holds what both of them need")
 
 
 def _require(met: bool, cls: type[Saga], demand: str) -> None:

@@ -179,7 +179,8 @@ class Draft:
     @property
     def deadline(self) -> datetime | None:
         """When the saga as a whole turns back; None if it never does, or cannot any more."""
-        return None if self.status is not Status.RUNNING or self.is_past_pivot else self.limit
+        has_one = self.status in (Status.WAITING, Status.RUNNING) and not self.is_past_pivot
+        return self.limit if has_one else None
 
     # Items
 

@@ -15,6 +15,7 @@ from coordinator.definition import SagaDefinition
 from coordinator.facts import NOTHING, Facts, Lookups
 from coordinator.instance import Instance
 from coordinator.items import Items
+from coordinator.lines import Lines
 from coordinator.replays import Replays
 from coordinator.sagas import CONSUMER, Sagas, UnknownSagaError
 from coordinator.store import Store
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 _BATCH = 256
 _PREFETCH = 32
 _TIMER_BATCH = 200
+_LINES = 100  # that are mended at a time
+_MEND_EVERY = 30.0
 _REPLAYS_EVERY = 1.0
 _SWEEP_EVERY = 5.0  # for early events whose match was missed by a process that has died since
 _TRIES = 3  # of a message whose consequences cannot be stored for a reason that is not known
@@ -73,6 +76,8 @@ class Engine:
         self._clock = clock
         self._ids = ids
         self._timer_every = timer_every
+        self._lines = Lines(store)
+        self._mend_lines = False
         self._items = Items()
         self._waiting = Waiting()
         self._lookups = Lookups(self._sagas, store, self._items, self._waiting)
@@ -137,9 +142,10 @@ class Engine:
 
     async def _process(self, items: list[Item]) -> None:
         """Commit what follows from `items`. A batch that keeps failing is split until the culprit is alone."""
+        grant = True
         for tries in count(1):
             try:
-                after_commit = await self._apply(items)
+                after_commit = await self._apply(items, grant=grant)
             except Exception as error:  # whatever it is, it must not stop the others
                 if is_cancelled():
                     raise  # a driver's clean-up has turned our cancel into an error of its own
@@ -147,7 +153,11 @@ class Engine:
                     logger.warning("a batch is tried again: %s", error, extra={"action": "engine.batch_retried"})
                     await self._clock.sleep(_DATABASE_PAUSE)
                     continue
-                if len(items) == 1 and (tries >= _TRIES or isinstance(error, CoordinatorError)):
+                hopeless = len(items) == 1 and (tries >= _TRIES or isinstance(error, CoordinatorError))
+                if hopeless and grant and self._sagas.with_lock:
+                    grant = False  # it may be the saga next in line whose begin cannot be stored
+                    continue
+                if hopeless:
                     await self._bury(items[0], error)
                     return
                 if len(items) == 1:  # nobody knows what it was: a reply is not given up on so soon
@@ -164,25 +174,32 @@ class Engine:
             await failpoint("engine.after_ack")
             return
 
-    async def _apply(self, items: Sequence[Item]) -> AfterCommit:
+    async def _apply(self, items: Sequence[Item], *, grant: bool) -> AfterCommit:
         if self._engine.dialect.name == "postgresql":
             try:
-                return await self._apply_in_one_statement(items)
+                if (applied := await self._apply_in_one_statement(items)) is not None:
+                    return applied
             except (StaleRowError, IntegrityError) as error:  # another process was faster, or a start comes again
                 logger.debug("a batch is decided on under locks: %s", error, extra={"action": "engine.batch_locked"})
         async with transaction(self._engine) as connection:
             batch = await self._decide(connection, items, lock=True)
             fresh = await self._store.insert_new(connection, list(batch.new.values()))
             batch.drop([instance.id for instance in batch.new.values() if instance.id not in fresh])
+            await self._settle_lines(connection, batch, grant=grant)
             async with together(connection):
                 after_commit = await self._write(connection, batch, items)
                 await failpoint("engine.before_commit")
         return after_commit
 
-    async def _apply_in_one_statement(self, items: Sequence[Item]) -> AfterCommit:
-        """Read without locks, and write in one statement that fails if anything has changed since: two round trips."""
+    async def _apply_in_one_statement(self, items: Sequence[Item]) -> AfterCommit | None:
+        """Read without locks, and write in one statement that fails if anything has changed since: two round trips.
+
+        Return None, and write nothing, if a line for a business key changes: that needs to be locked before.
+        """
         async with self._single.connect() as connection:
             batch = await self._decide(connection, items, lock=False)
+            if batch.joining or batch.leaving:
+                return None
             async with together(connection):
                 await self._store.insert(connection, list(batch.new.values()))
                 after_commit = await self._write(connection, batch, items)
@@ -241,6 +258,38 @@ class Engine:
 
         return after_commit
 
+    # Lines of sagas that wait for a business key
+
+    async def _settle_lines(
+        self, connection: AsyncConnection, batch: Batch, keys: Iterable[str] = (), *, grant: bool = True
+    ) -> None:
+        """Start who is next, in the transaction in which the one before ends."""
+        if not self._sagas.with_lock:
+            return
+        batch.admit(instance for instance in batch.fresh if instance.id in batch.joining)
+        left = await self._lines.settle(connection, batch, keys, grant=grant)
+        self._mend_lines = self._mend_lines or left
+
+    async def mend_lines(self) -> int:
+        """Start who waits although nobody holds the key any more; return how many lines were looked at."""
+        keys = await self._lines.stalled(self._sagas.with_lock, _LINES)
+        for key in keys:
+            batch = self._batch(NOTHING)
+            try:
+                async with transaction(self._engine) as connection:
+                    await self._lines.clear(connection, [key])
+                    await self._settle_lines(connection, batch, [key])
+                    async with together(connection):
+                        after_commit = await self._write(connection, batch, [])
+            except Exception as error:
+                if is_cancelled() or is_transient(error) or not batch.changed:
+                    raise
+                waiting = batch.loaded[batch.changed[0].id]
+                await self._give_up(waiting, f"what it begins with cannot be stored: {error!r}")
+            else:
+                after_commit()
+        return len(keys)
+
     # Operators
 
     async def act(self, saga: UUID, given: Acted) -> Instance:
@@ -256,25 +305,30 @@ class Engine:
         return done
 
     async def act_on_all(
-        self, acts: Mapping[UUID, Acted], *, dry_run: bool = False
+        self, acts: Mapping[UUID, Acted], *, dry_run: bool = False, grant: bool = True
     ) -> dict[UUID, Instance | CoordinatorError]:
         """Do what an operator asks for, in one transaction, and return each instance as it is then, or why not.
 
         What is refused for one saga changes nothing for the others; with `dry_run` nothing is changed at all.
+        Without `grant`, a saga that waits for the key of one that ends is started a moment later.
         """
         try:
-            return await self._act_together(acts, dry_run=dry_run)
+            return await self._act_together(acts, dry_run=dry_run, grant=grant)
         except Exception as error:
-            if len(acts) == 1 and isinstance(error, CoordinatorError) and not isinstance(error, StaleRowError):
+            if is_cancelled() or is_transient(error) or isinstance(error, StaleRowError):
+                raise
+            if len(acts) == 1 and grant and self._sagas.with_lock:
+                return await self.act_on_all(acts, dry_run=dry_run, grant=False)
+            if len(acts) == 1 and isinstance(error, CoordinatorError):
                 return dict.fromkeys(acts, error)
-            if len(acts) <= 1 or is_cancelled() or is_transient(error):
+            if len(acts) == 1:
                 raise
         # What follows for one of them cannot be stored.
         done = [await self.act_on_all({saga: given}) for saga, given in acts.items()]
         return {saga: each for one in done for saga, each in one.items()}
 
     async def _act_together(
-        self, acts: Mapping[UUID, Acted], *, dry_run: bool
+        self, acts: Mapping[UUID, Acted], *, dry_run: bool, grant: bool
     ) -> dict[UUID, Instance | CoordinatorError]:
         async with transaction(self._engine) as connection:
             named = [(saga, given.step) for saga, given in acts.items() if given.step]
@@ -282,6 +336,7 @@ class Engine:
             done = {saga: batch.act(saga, given) for saga, given in acts.items()}
             if dry_run:
                 return done
+            await self._settle_lines(connection, batch, grant=grant)
             async with together(connection):
                 after_commit = await self._write(connection, batch, [])
         after_commit()
@@ -308,11 +363,16 @@ class Engine:
     # Deadlines
 
     async def _run_timers(self) -> None:
+        mend_at = self._clock.monotonic()
         while True:
             try:
                 await self._store.clock.calibrate_if_old()
                 while await self.fire_timers() == _TIMER_BATCH:
                     pass
+                if self._sagas.with_lock and (self._mend_lines or self._clock.monotonic() >= mend_at):
+                    self._mend_lines, mend_at = False, self._clock.monotonic() + _MEND_EVERY
+                    while await self.mend_lines() == _LINES:
+                        pass
             except Exception as error:
                 if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
                     raise
@@ -345,6 +405,7 @@ class Engine:
                 for instance in batch.loaded.values():
                     batch.elapse(instance)
                 await failpoint("engine.timers_claimed")
+                await self._settle_lines(connection, batch, grant=most > 1)
                 async with together(connection):
                     after_commit = await self._write(connection, batch, [])
         except Exception as error:
@@ -412,6 +473,7 @@ class Engine:
             batch = self._batch(await self._lookups.of_messages(connection, [item for _, item in items], lock=True))
             for saga, item in items:
                 batch.take_parked(saga, item)
+            await self._settle_lines(connection, batch)
             async with together(connection):
                 await self._waiting.remove(connection, [row.id for row in rows])
                 after_commit = await self._write(connection, batch, [])

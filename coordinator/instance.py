@@ -12,6 +12,7 @@ from events.envelope import Direction, Result
 class Status(StrEnum):
     """Where a saga instance stands."""
 
+    WAITING = "waiting"  # for a business key that another saga holds; it has begun nothing
     RUNNING = "running"
     COMPENSATING = "compensating"
     COMPLETED = "completed"
@@ -20,8 +21,13 @@ class Status(StrEnum):
 
     @property
     def in_flight(self) -> bool:
-        """Whether the coordinator is going to do more without being asked."""
+        """Whether its steps are under way: the coordinator is going to do more without being asked."""
         return self in (Status.RUNNING, Status.COMPENSATING)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to be done, by nobody."""
+        return self in (Status.COMPLETED, Status.COMPENSATED)
 
 
 class StepStatus(StrEnum):

@@ -62,6 +62,11 @@ class Sagas:
                 self.registry.add(event)
 
     @property
+    def with_lock(self) -> list[SagaKey]:
+        """The sagas that wait for business keys."""
+        return [key for key, each in self.by_version.items() if each.lock is not None]
+
+    @property
     def queues(self) -> list[Queue]:
         """The queues that a coordinator of these sagas consumes: events, replies, and commands to children."""
         events = tuple(Address(Exchange.EVENTS, each) for each in sorted(self.starts.keys() | self.awaited.keys()))

@@ -139,6 +139,11 @@ class Store:
                 break
         return due
 
+    async def claim_waiting(self, connection: AsyncConnection, ids: Sequence[UUID]) -> list[Instance]:
+        """Return those of `ids` that wait for their turn, locked; others skip them, and this skips those of others."""
+        wanted = _select().where(saga_instance.c.id.in_(ids), saga_instance.c.status == Status.WAITING.value)
+        return [_instance(row) for row in await connection.execute(wanted.with_for_update(skip_locked=True))]
+
     # Reading
 
     async def find(self, reference: str) -> list[Instance]:

@@ -1,6 +1,19 @@
 """The tables of the coordinator: one row an instance, one row a transition."""
 
-from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, Uuid, false, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    Table,
+    Text,
+    Uuid,
+    false,
+    text,
+)
 
 from events.tables import Json, JsonText, Timestamp, metadata
 
@@ -35,6 +48,18 @@ saga_instance = Table(
     Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),
     Index("ix_saga_instance_stuck", "saga", "id", postgresql_where=_stuck, sqlite_where=_stuck),
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02"},
+)
+
+# Who waits for a business key, in the order of arrival; who stands first holds it.
+saga_lock = Table(
+    "saga_lock",
+    metadata,
+    Column("position", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("key", Text, nullable=False),
+    Column("saga_id", Uuid, ForeignKey("saga_instance.id"), nullable=False),
+    Index("ix_saga_lock_key_position", "key", "position"),
+    Index("uq_saga_lock_saga_id", "saga_id", unique=True),
+    sqlite_autoincrement=True,  # a number must not come again: it is the order
 )
 
 # What each version of a saga was like when it was first run: an instance must not find another flow than it began with.

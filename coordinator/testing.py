@@ -22,6 +22,7 @@ from coordinator.decision import (
     Answer,
     Decision,
     Elapsed,
+    Granted,
     Happened,
     Input,
     Recalled,
@@ -48,13 +49,14 @@ class SagaRun:
     Args:
         saga: the saga class.
         event: the event that starts it, or the command of a parent.
+        waiting: another saga holds its business key: it begins when it `is_granted`.
 
     Attributes:
         now: the time that the next decision is told.
         decisions: all that was decided so far, the newest last.
     """
 
-    def __init__(self, saga: type[Saga], event: Event | Command) -> None:
+    def __init__(self, saga: type[Saga], event: Event | Command, *, waiting: bool = False) -> None:
         self.definition = saga.definition
         self.now = BEGIN
         self.decisions: list[Decision] = []
@@ -62,6 +64,8 @@ class SagaRun:
         self._since = 0
         origin = Origin(PARENT_ID, "child", 1, "tests") if isinstance(event, Command) else None
         self.take(Started(SAGA_ID, event, self._message_id(), self.now, "00-trace-01", origin))
+        if self.status is Status.WAITING and not waiting:
+            self.is_granted()
 
     # What can be looked at
 
@@ -118,6 +122,11 @@ class SagaRun:
     def fails(self, reason: str = "out of order", *, step: str | None = None) -> Self:
         """Let it fail for technical reasons, after all its tries."""
         return self._answer(step, Result.FAILED, Failed(code="failed", reason=reason, attempts=1))
+
+    def is_granted(self) -> Self:
+        """Let it be first in the line for its business key, and begin."""
+        self.take(Granted(self.now))
+        return self
 
     def passes(self, seconds: float) -> Self:
         """Let time pass, and what is due be decided on."""

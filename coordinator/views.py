@@ -13,9 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator import schema
 from coordinator.bulk_acts import Outcome
 from coordinator.instance import Instance, Origin, Status, StepState
+from coordinator.instance import Instance, Status, StepState
+from coordinator.lines import Place
 from coordinator.timers import Timer
 
 COLOURS = {
+    Status.WAITING: "cyan",
     Status.RUNNING: "blue",
     Status.COMPENSATING: "yellow",
     Status.COMPLETED: "green",
@@ -56,10 +59,20 @@ def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> 
     console.print(table)
 
 
-def print_instance(console: Console, instance: Instance, history: Sequence[Row[Any]], *, as_json: bool) -> None:
+def print_instance(
+    console: Console,
+    instance: Instance,
+    history: Sequence[Row[Any]],
+    *,
+    place: Place | None = None,
+    as_json: bool,
+) -> None:
     """Print where an instance stands, its steps and its history."""
     if as_json:
         print_json(console, document_of(instance, history))
+        rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
+        line = None if place is None else {"key": place.key, "behind": place.behind}
+        print_json(console, {**_document(instance), "line": line, "history": rows})
         return
     head = Table.grid(padding=(0, 2))
     head.add_row("saga", f"{instance.saga} version {instance.version}")
@@ -67,6 +80,9 @@ def print_instance(console: Console, instance: Instance, history: Sequence[Row[A
     head.add_row("key", plain(instance.key))
     head.add_row("status", _status(instance.status))
     head.add_row("reason", plain(instance.reason or ""))
+    if place is not None:
+        said = f"waits behind {place.behind} for " if place.behind else "holds "
+        head.add_row("line", Text(said).append_text(plain(place.key)))
     head.add_row("due", str(instance.due_at or ""))
     head.add_row("trace", instance.traceparent[3:35] if instance.traceparent else "")
     head.add_row("state", plain(json.dumps(instance.state, ensure_ascii=False)))

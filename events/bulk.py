@@ -5,7 +5,7 @@ SQLite. They are plain SQL with driver parameters, since compiling large `VALUES
 database does.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -311,16 +311,21 @@ class Lookup:
 
 async def delete_by_id(connection: AsyncConnection, table: Table, ids: Sequence[Any]) -> None:
     """Delete the rows of `table` whose `id` is among `ids`. May stand in a block of `together`."""
-    if not ids:
+    await delete_by(connection, table, "id", ids)
+
+
+async def delete_by(connection: AsyncConnection, table: Table, key: str, values: Collection[Any]) -> None:
+    """Delete the rows of `table` whose `key` is among `values`. May stand in a block of `together`."""
+    if not values:
         return
     dialect = connection.dialect
-    bound = [row[0] for row in _bound((table.c.id,), [(value,) for value in ids], dialect)]
+    bound = [row[0] for row in _bound((table.c[key],), [(value,) for value in values], dialect)]
     if dialect.name == "postgresql":
-        kind = _type_name(table.c.id, dialect)
+        kind = _type_name(table.c[key], dialect)
         await _write_or_defer(
             connection,
-            _Part(lambda first: f"DELETE FROM {table.name} WHERE id = ANY(${first}::{kind}[])", (bound,)),  # noqa: S608
+            _Part(lambda first: f"DELETE FROM {table.name} WHERE {key} = ANY(${first}::{kind}[])", (bound,)),  # noqa: S608
         )
     else:
-        sql = f"DELETE FROM {table.name} WHERE id = ?"  # noqa: S608
+        sql = f"DELETE FROM {table.name} WHERE {key} = ?"  # noqa: S608
         await execute_many(connection, sql, [(value,) for value in bound])

@@ -56,6 +56,7 @@ ours = {
     "saga_history",
     "saga_instance",
     "saga_item",
+    "saga_lock",
     "saga_version",
     "saga_wait",
 }
