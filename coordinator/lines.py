@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from pydantic_core import to_json
-from sqlalchemy import ARRAY, Text, Uuid, bindparam, column, delete, select, text, tuple_
+from sqlalchemy import ARRAY, Text, Uuid, and_, bindparam, column, delete, or_, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from coordinator.batch import Batch
@@ -24,7 +24,7 @@ from events.database import reader
 
 _join = Bulk(saga_lock, "key", "saga_id")
 _MOST = 100  # of one line that end as soon as they begin, in one transaction; the sweep goes on with the rest
-_STALE = (Status.WAITING.value, Status.COMPLETED.value, Status.COMPENSATED.value)
+_ENDED = tuple(each.value for each in Status if each.ended)
 
 # In the order of the keys, which is the same for everybody: two transactions never wait for each other's lines.
 _lock = text("SELECT pg_advisory_xact_lock(hashtextextended(key, 5)) FROM unnest(:keys) AS given (key)").bindparams(
@@ -88,12 +88,12 @@ class Lines:
 
     async def stalled(self, known: Collection[tuple[str, int]], most: int) -> list[str]:
         """Return keys whose holder waits although it is first, or has ended: somebody died, or lacked its version."""
-        earlier = saga_lock.alias()
+        earlier, columns = saga_lock.alias(), saga_instance.c
+        may_begin = and_(columns.status == Status.WAITING.value, tuple_(columns.saga, columns.version).in_(list(known)))
         query = (
             select(saga_lock.c.key)
             .join(saga_instance, saga_instance.c.id == saga_lock.c.saga_id)
-            .where(saga_instance.c.status.in_(_STALE))
-            .where(tuple_(saga_instance.c.saga, saga_instance.c.version).in_(list(known)))
+            .where(or_(saga_instance.c.status.in_(_ENDED), may_begin))
             .where(
                 ~select(earlier.c.position)
                 .where(earlier.c.key == saga_lock.c.key, earlier.c.position < saga_lock.c.position)
@@ -106,7 +106,7 @@ class Lines:
 
     async def clear(self, connection: AsyncConnection, keys: Collection[str]) -> None:
         """Take those out of the lines of `keys` who have ended."""
-        ended = select(saga_instance.c.id).where(saga_instance.c.status.in_(_STALE[1:]))
+        ended = select(saga_instance.c.id).where(saga_instance.c.status.in_(_ENDED))
         await connection.execute(delete(saga_lock).where(saga_lock.c.key.in_(keys), saga_lock.c.saga_id.in_(ended)))
 
     async def place(self, saga_id: UUID) -> Place | None:

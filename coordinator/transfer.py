@@ -93,6 +93,8 @@ class _Position:
         Raises:
             NotTransferableError: something that has begun has no place there.
         """
+        if self._old.lock is not None and self._new.lock != self._old.lock:
+            raise NotTransferableError(f"it holds {self._old.lock}, or waits for it, until it has ended")
         conditions = {node.condition.name for node in nodes(self._new.flow) if isinstance(node, When)}
         branches = {branch.name for each in self._new.branches.values() for branch in each}
         for name, at in self._instance.steps.items():

@@ -17,7 +17,7 @@ from events.database import transaction
 from events.envelope import Direction, Envelope, Result
 from events.failpoints import armed
 from events.message import Failed
-from tests.integration.test_engine import Coordinator, Hold, World, envelope_of, reply
+from tests.support.engines import Coordinator, Hold, World, envelope_of, reply
 from tests.support.flows import PATIENCE, count_rows, open_store
 
 
