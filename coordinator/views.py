@@ -13,7 +13,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator import schema
 from coordinator.bulk_acts import Outcome
 from coordinator.instance import Instance, Origin, Status, StepState
-from coordinator.instance import Instance, Status, StepState
 from coordinator.lines import Place
 from coordinator.timers import Timer
 
