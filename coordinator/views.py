@@ -68,10 +68,8 @@ def print_instance(
 ) -> None:
     """Print where an instance stands, its steps and its history."""
     if as_json:
-        print_json(console, document_of(instance, history))
-        rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
         line = None if place is None else {"key": place.key, "behind": place.behind}
-        print_json(console, {**_document(instance), "line": line, "history": rows})
+        print_json(console, {**document_of(instance, history), "line": line})
         return
     head = Table.grid(padding=(0, 2))
     head.add_row("saga", f"{instance.saga} version {instance.version}")
