@@ -9,6 +9,7 @@ from sqlalchemy import MetaData
 
 from coordinator.definition import Saga, SagaDefinition
 from coordinator.lifecycles.definition import Lifecycle
+from coordinator.sagas import Sagas
 from events.errors import DefinitionError
 from events.message import Command, Message
 from events.registry import Registry
@@ -56,6 +57,12 @@ class App:
         commands = [handler.message for handler in self.handlers if issubclass(handler.message, Command)]
         if twice := {command.__name__ for command in commands if commands.count(command) > 1}:
             raise DefinitionError(f"app {self.name}: {', '.join(sorted(twice))} has two handlers; a command has one")
+        children = Sagas(saga.definition for saga in self.sagas)
+        for command in commands:
+            if command.message_type in children.children or command.message_type in children.undoing:
+                raise DefinitionError(
+                    f"app {self.name}: {command.__name__} has a handler and a saga; a command has one receiver"
+                )
         sagas = [(each.name, each.version) for each in self.definitions]
         if doubled := {saga for saga in sagas if sagas.count(saga) > 1}:
             raise DefinitionError(f"app {self.name}: two sagas have the same name and version: {sorted(doubled)}")

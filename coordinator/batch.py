@@ -27,7 +27,7 @@ from coordinator.decision import (
 )
 from coordinator.definition import SagaDefinition
 from coordinator.facts import Facts, child_id
-from coordinator.instance import Instance, Origin, Status, StepStatus
+from coordinator.instance import Instance, Origin, Status, StepStatus, step_and_item
 from coordinator.outgoing import Outgoing
 from coordinator.sagas import CONSUMER, SagaKey, Sagas, UnknownSagaError, holding
 from coordinator.transfer import transfer
@@ -267,9 +267,9 @@ class Batch:
         if envelope.key in self._facts.taken or envelope.key in self.taken:
             self._note("%s %s has come before", envelope.type, envelope.id, action="saga.duplicate_event")
             return
-        self.taken.add(envelope.key)
-        for correlation in found:
-            self._hand_over(item, envelope, event, correlation)
+        handed_over = [self._hand_over(item, envelope, event, correlation) for correlation in found]
+        if any(handed_over):
+            self.taken.add(envelope.key)
 
     def _start(
         self, definition: SagaDefinition, item: Item, envelope: Envelope, message: Message, origin: Origin | None = None
@@ -294,29 +294,24 @@ class Batch:
             return
         self._keep(decision, messages, _recorded(envelope))
 
-    def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> None:
-        """Give an event to the instances that wait for it, or have waited."""
+    def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> bool:
+        """Give an event to the instances that wait for it, or have waited; say whether it is theirs, or will be."""
         waiting = self._facts.standing.get(correlation.id, [])
         if correlation.key is not None and not waiting:
             named = self._facts.by_key.get((correlation.saga, correlation.key))
             waiting = [] if named is None else [(named, correlation.wait.name)]
         here = [each for each in waiting if self._has_version(each[0])]
         concerned = [each for each in here if self._happen(item, envelope, event, *each)]
-        if len(here) < len(waiting):  # somebody who has that version hands it over
-            self._park(envelope, correlation)
-        elif not concerned:
-            self._take_early(item, envelope, correlation)
-
-    def _take_early(self, item: Item, envelope: Envelope, correlation: Correlation) -> None:
-        match correlation.wait.early:
-            case Early.PARK:
-                self._park(envelope, correlation)
-            case Early.DEAD_LETTER:
-                detail = f"no {correlation.saga} waits for it"
-                self._bury(item, "early", detail)
-            case Early.IGNORE:
-                what = ("%s %s is ignored: no %s waits for it", envelope.type, envelope.id, correlation.saga)
-                self._note(*what, action="saga.early_event")
+        is_early = not concerned and len(here) == len(waiting)
+        if len(here) < len(waiting) or (is_early and correlation.wait.early is Early.PARK):
+            self._park(envelope, correlation)  # for later, or for somebody who has that version
+            return True
+        if is_early and correlation.wait.early is Early.DEAD_LETTER:
+            self._bury(item, "early", f"no {correlation.saga} waits for it")
+        elif is_early:
+            what = ("%s %s is ignored: no %s waits for it", envelope.type, envelope.id, correlation.saga)
+            self._note(*what, action="saga.early_event")
+        return not is_early
 
     def _has_version(self, saga_id: UUID) -> bool:
         instance = self.current.get(saga_id)
@@ -326,19 +321,26 @@ class Batch:
         identity = derive_id(envelope.key, "parked", correlation.saga, str(correlation.id))
         self.parked.append(Parked(identity, correlation, envelope.type, envelope.encode()))
 
-    def take_parked(self, saga: str, item: Item) -> None:
-        """Decide on an event that was parked for a saga, and that an instance waits for now."""
-        if not isinstance(item.part, Readable):
-            raise item.part.error
-        envelope = item.part.envelope
-        event = self._sagas.registry.read(envelope)
-        if not isinstance(event, Event):
-            raise InvalidMessageError(f"{envelope.type} is no event")
-        for correlation in correlations(self._sagas.awaited.get(envelope.type, []), event):
-            if correlation.saga == saga:
-                here = (each for each in self._facts.standing.get(correlation.id, []) if self._has_version(each[0]))
-                for waiting in here:
-                    self._happen(item, envelope, event, *waiting)
+    def take_parked(self, saga: str, item: Item) -> bool:
+        """Decide on an event that was parked for a saga; say whether that is done with it.
+
+        If not, nobody waits for it after all.
+        """
+        part = item.part
+        try:
+            if not isinstance(part, Readable):
+                raise part.error  # noqa: TRY301  # one way to end up as a dead letter
+            event = self._sagas.registry.read(part.envelope)
+            if not isinstance(event, Event):
+                raise InvalidMessageError(f"{part.envelope.type} is no event")  # noqa: TRY301
+            found = correlations(self._sagas.awaited.get(part.envelope.type, []), event)
+        except Exception as error:  # noqa: BLE001  # the class of the event may be another one by now
+            self.reject(item, error)
+            return True
+        standing = [each for one in found if one.saga == saga for each in self._facts.standing.get(one.id, [])]
+        here = [each for each in standing if self._has_version(each[0])]
+        concerned = [each for each in here if self._happen(item, part.envelope, event, *each)]
+        return bool(concerned)
 
     def _happen(self, item: Item, envelope: Envelope, event: Event, saga_id: UUID, step: str) -> bool:
         """Say whether the instance was concerned: it waited, or did once."""
@@ -442,7 +444,7 @@ class Batch:
             envelope.id,
             self._ports.now(),
         )
-        name = f"{saga.step} {saga.direction} {saga.result}"
+        name = f"{step_and_item(saga.step)[0]} {saga.direction} {saga.result}"
         links = [link for link in (envelope.traceparent, item.transport) if link]
         self._decide(definition, instance, given, name, cause=envelope.id, recorded=_recorded(envelope), links=links)
 

@@ -397,7 +397,7 @@ class Engine:
         due: dict[UUID, Instance] = {}
         try:
             async with transaction(self._engine) as connection:
-                due = await self._store.claim_due(connection, self._sagas.by_version, most)
+                due = await self._store.claim_due(connection, self._sagas.by_version, most, items=self._sagas.have_fans)
                 if not due:
                     return 0
                 now = self._store.clock.now()
@@ -463,20 +463,44 @@ class Engine:
             sleeping.cancel()
             matched.cancel()
 
-    async def take_parked(self) -> int:
-        """Give parked events to the instances that wait for them by now; return how many events there were."""
+    async def take_parked(self, most: int = _BATCH) -> int:
+        """Give parked events to the instances that wait for them by now; return how many were done with."""
+        try:
+            return await self._take_parked(most)
+        except Exception as error:
+            if is_cancelled() or is_transient(error) or isinstance(error, StaleRowError):
+                raise
+            if most == 1:
+                return await self._bury_parked(error)
+            logger.warning("early events are taken one by one: %r", error, extra={"action": "engine.batch_split"})
+        taken = 0
+        while await self.take_parked(1):
+            taken += 1
+        return taken
+
+    async def _take_parked(self, most: int) -> int:
         async with transaction(self._engine) as connection:
-            rows = await self._waiting.claim(connection, self._sagas.by_version, _BATCH)
+            rows = await self._waiting.claim(connection, self._sagas.by_version, most)
             if not rows:
                 return 0
-            items = [(row.saga, item) for row in rows for item in self._intake.read(EarlyDelivery(row.body))]
+            items = [(row, item) for row in rows for item in self._intake.read(EarlyDelivery(row.body))]
             batch = self._batch(await self._lookups.of_messages(connection, [item for _, item in items], lock=True))
-            for saga, item in items:
-                batch.take_parked(saga, item)
-            await self._settle_lines(connection, batch)
+            done = [row.id for row, item in items if batch.take_parked(row.saga, item)]
             async with together(connection):
-                await self._waiting.remove(connection, [row.id for row in rows])
+                await self._waiting.remove(connection, done)
                 after_commit = await self._write(connection, batch, [])
+        after_commit()
+        return len(done)
+
+    async def _bury_parked(self, error: Exception) -> int:
+        """Give up on the first early event: what it causes cannot be stored."""
+        async with transaction(self._engine) as connection:
+            rows = await self._waiting.claim(connection, self._sagas.by_version, 1)
+            batch = self._batch(NOTHING)
+            for item in (item for row in rows for item in self._intake.read(EarlyDelivery(row.body))):
+                batch.reject(item, error)
+            await self._waiting.remove(connection, [row.id for row in rows])
+            after_commit = await self._write(connection, batch, [])
         after_commit()
         return len(rows)
 

@@ -76,6 +76,11 @@ class Sagas:
             queues.append(Queue(_COMMAND_QUEUE, tuple(Address(Exchange.COMMANDS, each) for each in commands)))
         return queues
 
+    @property
+    def have_fans(self) -> bool:
+        """Whether any of them has a step for each of several items."""
+        return any(each.fans for each in self.by_version.values())
+
     def is_for_child(self, envelope: Envelope) -> bool:
         """Whether a message asks for a child saga, or for one to be undone."""
         return envelope.type in self.children or envelope.type in self.undoing

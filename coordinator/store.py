@@ -113,9 +113,9 @@ class Store:
         await _record.insert(connection, rows)
 
     async def claim_due(
-        self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int
+        self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int, *, items: bool = True
     ) -> dict[UUID, Instance]:
-        """Return instances whose deadline, or that of an item, has passed on the database's clock.
+        """Return instances whose deadline, or with `items` that of an item, has passed on the database's clock.
 
         They are locked, and others skip them. `known` are the names and versions of the sagas that the caller has the
         code of.
@@ -132,7 +132,7 @@ class Store:
         )
         of_items = _select().where(saga_instance.c.id.in_(overdue))
         due: dict[UUID, Instance] = {}
-        for query in (own, of_items):
+        for query in (own, of_items) if items else (own,):
             query = query.where(is_known).limit(most - len(due)).with_for_update(skip_locked=True)  # noqa: PLW2901
             due |= {row.id: _instance(row) for row in await connection.execute(query)}
             if len(due) >= most:

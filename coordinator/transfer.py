@@ -128,6 +128,8 @@ class _Position:
             raise NotTransferableError(f"{name} has begun, and stands in another branch in version {self._new.version}")
         if isinstance(before, Each) and at.status.pending:
             raise NotTransferableError(f"items of {name} are under way: wait until all of them are over")
+        if isinstance(before, Wait) and at.status.pending and name != after:
+            raise NotTransferableError(f"{name} waits for an event, which finds it by that name: it must keep it")
         if isinstance(before, Wait | Delay) and at.status.pending and _awaited(before) != _awaited(now):
             raise NotTransferableError(f"{name} waits for something else in version {self._new.version}")
         was, step = self._old.step_of(name), self._new.step_of(after)

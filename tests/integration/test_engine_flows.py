@@ -20,7 +20,7 @@ from events.database import transaction
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
 from events.message import Command, Event, Message, Refused, Reply, Succeeded
-from tests.support.engines import Coordinator, World, actions, envelope_of, open_world
+from tests.support.engines import SMALL, Coordinator, World, actions, envelope_of, open_world
 from tests.support.flows import START, count_rows, until
 
 DO, UNDO = Direction.DO, Direction.UNDO
@@ -111,6 +111,26 @@ class Strict(Saga):
     def audited(self, event: Audited) -> None: ...
 
     flow = sequence(paid, audited)
+
+
+class Hopeless(Saga):
+    """What it does with one of its events cannot be sent."""
+
+    order: str
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order)
+
+    @awaits(Paid, by="order")
+    def paid(self, event: Paid) -> None: ...
+
+    @step
+    def reserve(self) -> Reserve:
+        return Reserve(order="x" * SMALL.body if self.order == "bad" else self.order)
+
+    flow = sequence(paid, reserve)
 
 
 class Delivery(Saga):
@@ -305,6 +325,32 @@ async def test_early_events_can_be_dead_letters_or_ignored(world: World, caplog:
     assert set((await world.dead()).values()) == {"early"}
     assert "saga.early_event" in actions(caplog)
     assert await rows(world, parked_event) == 0
+
+
+async def test_a_dead_letter_of_an_early_event_finds_its_saga_when_it_is_delivered_again(world: World) -> None:
+    coordinator = await world.coordinator(Strict)
+    early = envelope_of(Paid(order="o-1", payment="p"))
+    await coordinator.take(early)
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+    await coordinator.take(early)
+    assert (await world.instance("o-1")).steps["paid"].status is StepStatus.SUCCEEDED
+
+
+async def test_an_early_event_whose_consequences_cannot_be_stored_is_a_dead_letter_and_spoils_no_other(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator(Hopeless)
+    await coordinator.take(envelope_of(Paid(order="bad", payment="p")), envelope_of(Paid(order="good", payment="p")))
+    await coordinator.take(envelope_of(Ordered(order="bad")), envelope_of(Ordered(order="good")))
+
+    async def both_are_gone() -> bool:
+        return await rows(world, parked_event) == 0
+
+    await until(both_are_gone)
+    assert (await world.instance("good")).status is Status.RUNNING
+    assert [each.type for each in await world.sent()] == ["reserve"]
+    assert list((await world.dead()).values()) == ["too_large"]
+    assert "engine.batch_split" in actions(caplog)
 
 
 async def test_a_wait_that_is_called_off_waits_no_more(world: World) -> None:
