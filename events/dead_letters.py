@@ -11,11 +11,11 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from events.bulk import Bulk, Lookup
+from events.bulk import Bulk, Lookup, Row
 from events.codec import Readable
 from events.ids import Ids
 from events.intake import Item
-from events.tables import dead_letter
+from events.tables import dead_letter, dead_letter_change
 
 _MAX_DETAIL = 8000
 _MAX_HEAD = 2000  # of these; the rest is the end, where a stack names the error
@@ -53,7 +53,9 @@ _reopen = Bulk(
     "settled_by",
     "settled_why",
 )
-_tries = Lookup(dead_letter, "id", "attempts", key="id")
+_tries = Lookup(dead_letter, "id", "attempts", "consumer", "reason", "detail", "error_type", "dead_at", key="id")
+_died = Bulk(dead_letter_change, "id", "dead_letter_id", "act", "changed_at", "changed_by", "reason")
+DIED = "died"  # what the record says of an earlier death
 COORDINATOR = "coordinator"  # stands as the consumer of what sagas wait for, and start on
 BUS = "bus"  # stands as the consumer of what no queue took
 CONFLICT = "conflict"  # the reason of a letter with the id of a message that says something else
@@ -103,7 +105,8 @@ class DeadLetter:
 async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, ids: Ids, now: datetime) -> None:
     """Store `letters` in the open transaction; the bytes stay as they came. May stand in a block of `together`.
 
-    Tries of one that was replayed in vain are added to those before. If its row is gone it becomes a new letter.
+    Tries of one that was replayed in vain are added to those before, and of what it had died before is kept in its
+    record. If its row is gone it becomes a new letter.
     """
     reopened = [letter.reopens for letter in letters if letter.reopens is not None]
     found = await _tries.find(connection, reopened) if reopened else []
@@ -115,7 +118,13 @@ async def bury(connection: AsyncConnection, letters: Sequence[DeadLetter], *, id
         else:
             fresh.append(_row(letter, ids.new(), now))
     await _reopen.update(connection, again, key="id")
+    await _died.insert(connection, [_death(row, ids.new()) for row in found])
     await _insert.insert(connection, fresh)
+
+
+def _death(row: Row, id: UUID) -> tuple[Any, ...]:
+    letter, _, consumer, reason, detail, error_type, dead_at = row
+    return id, letter, DIED, dead_at, consumer, f"{reason}: {summary_of(detail, error_type)}"
 
 
 def _reopened(letter: DeadLetter, tried: int, now: datetime) -> tuple[Any, ...]:
@@ -170,6 +179,13 @@ def _detail(text: str) -> str:
 def _short(file: str) -> str:
     """Return the end of a path: where the code is installed says nothing of a cause."""
     return "/".join(file.split("/")[-2:])
+
+
+def summary_of(detail: str, error_type: str | None) -> str:
+    """Return the first line of an error; of a detail that is no stack the last one."""
+    lines = [line for line in reversed(detail.splitlines()) if line.strip()]
+    errors = (line for line in lines if error_type and line.lstrip(" |+").startswith(error_type))
+    return next(errors, lines[0] if lines else "")
 
 
 def error_type_of(error: BaseException) -> str:

@@ -126,3 +126,18 @@ dead_letter = Table(
     Index("ix_dead_letter_saga", "saga_id", "id", postgresql_where=_is_dead, sqlite_where=_is_dead),
     Index("ix_dead_letter_settled", "settled_at", postgresql_where=IS_SETTLED, sqlite_where=IS_SETTLED),
 )
+
+# Append only: who has replayed, edited or discarded a letter, when and why, and of what it had died before it was
+# replayed in vain; `body` is what an edit has made of it. Goes with the letter.
+dead_letter_change = Table(
+    "dead_letter_change",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("dead_letter_id", Uuid, nullable=False),
+    Column("act", Text, nullable=False),
+    Column("body", LargeBinary),
+    Column("changed_at", Timestamp, nullable=False),
+    Column("changed_by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Index("ix_dead_letter_change_letter", "dead_letter_id", "id"),
+)

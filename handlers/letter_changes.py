@@ -13,10 +13,10 @@ from events.dead_letters import COORDINATOR
 from events.envelope import Envelope
 from events.errors import ConfigurationError
 from events.ids import Ids
-from events.tables import IS_SETTLED, dead_letter
+from events.tables import IS_SETTLED, dead_letter, dead_letter_change
 from handlers.inbox import OF_SAGAS
 from handlers.letters import Letter, replays_of
-from handlers.tables import dead_letter_change, inbox, retry
+from handlers.tables import inbox, retry
 
 _changes = Bulk(dead_letter_change, "id", "dead_letter_id", "act", "body", "changed_at", "changed_by", "reason")
 _handled = Bulk(inbox, "message_key", "consumer", "reply", "reply_to", "content", "handled_at")

@@ -12,10 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from events.codec import STRUCTURED_TYPE, Limits, Part, read_body
 from events.database import reader
-from events.dead_letters import BROKER_REASONS, DEAD
+from events.dead_letters import BROKER_REASONS, DEAD, summary_of
 from events.errors import ConfigurationError
-from events.tables import dead_letter
-from handlers.tables import dead_letter_change, retry
+from events.tables import dead_letter, dead_letter_change
+from handlers.tables import retry
 
 REPLAYED, DISCARDED, EDITED = "replayed", "discarded", "edited"
 _EXACT = ("consumer", "reason", "fingerprint", "message_type", "saga_id", "status")
@@ -95,9 +95,7 @@ class Letter:
     @property
     def summary(self) -> str:
         """The first line of the error; of a detail that is no stack the last one."""
-        lines = [line for line in reversed(self.detail.splitlines()) if line.strip()]
-        errors = (line for line in lines if self.error_type and line.lstrip(" |+").startswith(self.error_type))
-        return next(errors, lines[0] if lines else "")
+        return summary_of(self.detail, self.error_type)
 
     @property
     def to_send(self) -> bytes:
@@ -136,12 +134,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What somebody has done with a letter.
+    """What somebody has done with a letter, or of what it had died before it was replayed in vain.
 
     Attributes:
         id: names this entry.
         dead_letter_id: the letter.
-        act: `replayed`, `discarded` or `edited`.
+        act: `replayed`, `discarded`, `edited` or `died`.
         changed_at: when.
         changed_by: who.
         reason: why.
@@ -224,9 +222,10 @@ class Letters:
         return sorted(groups, key=lambda group: -group.count)
 
     async def changes(self, letter: UUID) -> list[Change]:
-        """Return who has done what with a letter, when and why, in order."""
+        """Return who has done what with a letter, when and why, and its earlier deaths, in order."""
         columns = dead_letter_change.c
-        statement = dead_letter_change.select().where(columns.dead_letter_id == letter).order_by(columns.id)
+        statement = dead_letter_change.select().where(columns.dead_letter_id == letter)
+        statement = statement.order_by(columns.changed_at, columns.id)
         async with self._reader.connect() as connection:
             rows = (await connection.execute(statement)).mappings()
             return [Change(**{each.name: row[each.name] for each in fields(Change)}) for row in rows]

@@ -78,21 +78,6 @@ handler_change = Table(
     Index(None, "handler", "id"),
 )
 
-# Append only: who has replayed, edited or discarded a dead letter, when and why; `body` is what an edit has made of it.
-# Goes with the letter.
-dead_letter_change = Table(
-    "dead_letter_change",
-    metadata,
-    Column("id", Uuid, primary_key=True),
-    Column("dead_letter_id", Uuid, nullable=False),
-    Column("act", Text, nullable=False),
-    Column("body", LargeBinary),
-    Column("changed_at", Timestamp, nullable=False),
-    Column("changed_by", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Index("ix_dead_letter_change_letter", "dead_letter_id", "id"),
-)
-
 # The processes that run handlers, and how those are: a row that is not renewed is a process that is gone.
 handler_process = Table(
     "handler_process",

@@ -12,7 +12,7 @@ from uuid import UUID
 from events.errors import CoordinatorError
 from events.message import Event
 
-MAX_NAME = 200  # characters of a person's name
+MAX_NAME = 200  # characters of the name of a person or a role
 MAX_COMMENT = 4000
 
 Signature = tuple[str, str | None]  # who did something, and for whom
@@ -46,7 +46,7 @@ class Actor:
         acting_for: whom he stands in for; his own roles do not count then, but those that were delegated to him.
 
     Raises:
-        NotAllowedError: this is nobody's name.
+        NotAllowedError: a name is none.
     """
 
     user: str
@@ -54,9 +54,11 @@ class Actor:
     acting_for: str | None = None
 
     def __post_init__(self) -> None:
-        for name in self.persons:
+        for name in (*self.persons, *self.roles):
             if not name.strip() or name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
-                raise NotAllowedError(f"{name[:MAX_NAME]!r} is nobody's name: 1 to {MAX_NAME} printable characters")
+                raise NotAllowedError(
+                    f"{name[:MAX_NAME]!r} names no person and no role: that takes 1 to {MAX_NAME} printable characters"
+                )
         if len(self.persons) > 1 and folded(self.user) == folded(self.persons[1]):
             raise NotAllowedError(f"{self.user} needs nobody to stand in for him")
 

@@ -6,6 +6,7 @@ Every change of an entity goes through `create`, `move` or `elapse`.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -56,6 +57,7 @@ def create(
         raise TransitionRefusedError(f"{definition.key_field} is empty; it is the business key of a {definition.name}")
     right = _right(creation, data, act, definition.name, None)
     _check_comment(creation, act)
+    _check_texts(data.to_data())
     _ask(creation, data)
     entity = Entity(
         id=id,
@@ -242,8 +244,24 @@ def _holding(act: Act, lifecycle: str) -> list[Delegation]:
 def _check_comment(transition: Transition, act: Act) -> None:
     if transition.comment and not act.comment.strip():
         raise TransitionRefusedError(f"{transition.name} needs a comment")
-    if len(act.comment) > MAX_COMMENT or "\0" in act.comment:
-        raise TransitionRefusedError(f"a comment has {MAX_COMMENT} characters at most, and none is NUL")
+    if len(act.comment) > MAX_COMMENT:
+        raise TransitionRefusedError(f"a comment has {MAX_COMMENT} characters at most")
+    _check_texts(act.comment)
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse what PostgreSQL or UTF-8 cannot hold, on all databases alike."""
+    match value:
+        case str():
+            if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+                raise TransitionRefusedError(f"{value[:100]!r} has NUL or half a character in it, which cannot be kept")
+        case dict():
+            for name, each in value.items():
+                _check_texts(name)
+                _check_texts(each)
+        case list():
+            for each in value:
+                _check_texts(each)
 
 
 def _edited(definition: LifecycleDefinition, transition: Transition, data: Lifecycle, act: Act) -> Lifecycle:
@@ -252,6 +270,7 @@ def _edited(definition: LifecycleDefinition, transition: Transition, data: Lifec
     if strange := sorted(set(act.edits) - transition.edits):
         can = ", ".join(sorted(transition.edits)) or "nothing"
         raise TransitionRefusedError(f"{transition.name} does not edit {', '.join(strange)}; it edits {can}")
+    _check_texts(act.edits)
     try:
         return definition.cls.model_validate_json(to_json({**data.to_data(), **act.edits}))
     except ValidationError as error:

@@ -142,7 +142,13 @@ def test_an_event_hook_returns_an_event() -> None:
 
 @pytest.mark.parametrize(
     ("comment", "said"),
-    [("", "needs a comment"), (" \n", "needs a comment"), ("x" * (MAX_COMMENT + 1), "at most"), ("a\0b", "NUL")],
+    [
+        ("", "needs a comment"),
+        (" \n", "needs a comment"),
+        ("x" * (MAX_COMMENT + 1), "at most"),
+        ("a\0b", "has NUL or half a character"),
+        ("\ud800", "has NUL or half a character"),
+    ],
 )
 def test_a_comment_is_demanded_and_limited(comment: str, said: str) -> None:
     with pytest.raises(TransitionRefusedError, match=said):
@@ -162,6 +168,17 @@ def test_edits_are_those_of_the_transition_and_fit_the_fields(edits: dict[str, A
     with pytest.raises(TransitionRefusedError, match=said):
         life.act("write", ANN, edits=edits)
     assert life.entity.data["author"] == "ann"
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udfff"])
+def test_what_no_database_keeps_is_refused_before_it_gets_there(text: str) -> None:
+    with pytest.raises(TransitionRefusedError, match="has NUL or half a character in it, which cannot be kept"):
+        paper().act("write", ANN, edits={"faults": ["fine", text]})
+
+
+def test_an_entity_with_what_no_database_keeps_is_refused() -> None:
+    with pytest.raises(TransitionRefusedError, match="has NUL or half a character in it, which cannot be kept"):
+        paper(title="a\0b")
 
 
 def test_an_entity_without_a_key_is_refused() -> None:
@@ -191,10 +208,9 @@ def test_what_is_one_persons_takes_that_person_and_the_role() -> None:
 
 @pytest.mark.parametrize("name", ["", " ", " ann", "a\nb", "a\0", "x" * 201])
 def test_nobody_is_called_nothing(name: str) -> None:
-    with pytest.raises(NotAllowedError, match="is nobody's name"):
-        Actor(name)
-    with pytest.raises(NotAllowedError, match="is nobody's name"):
-        Actor("bob", acting_for=name)
+    for given in ({"user": name}, {"user": "bob", "acting_for": name}, {"user": "bob", "roles": {name}}):
+        with pytest.raises(NotAllowedError, match="names no person and no role"):
+            Actor(**given)
 
 
 # Four eyes
