@@ -210,7 +210,8 @@ def show_saga(reference: Reference, as_json: AsJson = False) -> None:
     async def work(store: Store) -> None:
         for instance in await _find(store, reference):
             history, place = await store.history(instance.id), await Lines(store).place(instance.id)
-            views.print_instance(out, instance, history, place=place, as_json=as_json)
+            items = await store.open_items(instance.id)
+            views.print_instance(out, instance, history, place=place, items=items, as_json=as_json)
 
     _with_store(work)
 

@@ -9,7 +9,7 @@ from sqlalchemy import Row, Select, bindparam, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.chain import COLUMNS, HistoryRow
-from coordinator.instance import Instance, Origin, Status, StepState, step_and_item
+from coordinator.instance import Instance, Origin, Status, StepState, StepStatus, item_name, step_and_item
 from coordinator.search import Query
 from coordinator.tables import IN_FLIGHT, saga_history, saga_instance, saga_item
 from events.bulk import Bulk, Lookup
@@ -178,6 +178,14 @@ class Store:
             values = (bindparam(None, value, column.type) for value, column in zip(after, columns, strict=True))
             wanted = wanted.where(tuple_(*columns) > tuple_(*values))
         return [_instance(row) for row in await self._read(wanted.order_by(*columns).limit(limit))]
+
+    async def open_items(self, saga_id: UUID, limit: int = 50) -> dict[str, StepState]:
+        """Return the items of an instance's fan-outs that are under way or have failed, the first ones only."""
+        over = [StepStatus.LISTED.value, StepStatus.SUCCEEDED.value, StepStatus.UNDONE.value]
+        ours = (saga_item.c.saga_id == saga_id, saga_item.c.status.not_in(over))
+        query = select(saga_item.c.step, saga_item.c.number, saga_item.c.state).where(*ours)
+        found = await self._read(query.order_by(saga_item.c.step, saga_item.c.number).limit(limit))
+        return {item_name(row.step, row.number): StepState.from_json(row.state) for row in found}
 
     async def history(self, saga_id: UUID) -> Sequence[Row[Any]]:
         """Return the transitions of an instance, oldest first."""

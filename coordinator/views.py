@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator import schema
 from coordinator.bulk_acts import Outcome
-from coordinator.instance import Instance, Origin, Status, StepState
+from coordinator.instance import Fan, Instance, Origin, Status, StepState
 from coordinator.lines import Place
 from coordinator.timers import Timer
 
@@ -64,12 +64,13 @@ def print_instance(
     history: Sequence[Row[Any]],
     *,
     place: Place | None = None,
+    items: Mapping[str, StepState] | None = None,
     as_json: bool,
 ) -> None:
-    """Print where an instance stands, its steps and its history."""
+    """Print where an instance stands, its steps with the `items` that are not over, and its history."""
     if as_json:
         line = None if place is None else {"key": place.key, "behind": place.behind}
-        print_json(console, {**document_of(instance, history), "line": line})
+        print_json(console, {**document_of(instance, history), "line": line, "items": _plain_value(dict(items or {}))})
         return
     head = Table.grid(padding=(0, 2))
     head.add_row("saga", f"{instance.saga} version {instance.version}")
@@ -85,8 +86,9 @@ def print_instance(
     head.add_row("state", plain(json.dumps(instance.state, ensure_ascii=False)))
     console.print(head)
     steps = Table("step", "status", "attempt", "undo attempt", "due")
-    for name, at in instance.steps.items():
-        steps.add_row(name, at.status.value, str(at.attempt), str(at.undo_attempt or ""), str(at.due_at or ""))
+    for name, at in {**instance.steps, **(items or {})}.items():
+        status = f"{at.status.value}{_count(at.fan)}"
+        steps.add_row(name, status, str(at.attempt), str(at.undo_attempt or ""), str(at.due_at or ""))
     console.print(steps)
     table = Table("rev", "at", "what", "step", "result", "status", "sent", "because of")
     for row in history:
@@ -103,6 +105,15 @@ def print_instance(
             plain(row.message_id or (f"{row.actor}: {row.why}" if row.actor else "")),
         )
     console.print(table)
+
+
+def _count(fan: Fan | None) -> str:
+    """Return in words how far a step for several items has come."""
+    if fan is None:
+        return ""
+    numbers = {"under way": fan.pending, "failed": fan.failed, "could not be undone": fan.stuck}
+    said = [f"{fan.begun} of {fan.total} begun", *(f"{number} {what}" for what, number in numbers.items() if number)]
+    return f" ({', '.join(said)})"
 
 
 def print_outcome(console: Console, outcome: Outcome, *, as_json: bool) -> None:

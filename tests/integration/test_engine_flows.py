@@ -435,6 +435,7 @@ async def test_the_deadline_of_an_item_passes_for_it_alone(world: World) -> None
     await coordinator.take(envelope_of(Ordered(order="o-1", parcels=2)))
     first = (await world.sent("ship.parcel"))[0]
     await coordinator.take(answer(first, Labelled(label="l")))
+    assert list(await coordinator.store.open_items((await world.instance("o-1")).id)) == ["ship[1]"]
     world.clock.advance(60)
     await coordinator.engine.fire_timers()
     assert (await world.instance("o-1")).reason == "ship[1] gave no answer in time"
