@@ -54,8 +54,8 @@ class _Text:
             self._say(0, [f"{head}, {instance.key}: {instance.status.value.replace('_', ' ')}"])
         if instance is not None and instance.reason:
             self._say(2, [f"because {instance.reason}"])
-        if self._words.deadline:
-            self._say(2, [self._words.deadline])
+        for each in self._words.about:
+            self._say(2, [each])
         self._lines.append("")
         self._row(0, f"on {self._words.started_by}", [], Mark.DONE)
         self._part(definition.flow, 0)

@@ -7,7 +7,7 @@ from coordinator.definition import SagaDefinition
 from coordinator.durations import lasting, moment
 from coordinator.fingerprints import structure
 from coordinator.flow import Each, Leaf, Node, Parallel, Stragglers, When
-from coordinator.instance import Fan, Instance, StepState, StepStatus
+from coordinator.instance import Fan, Instance, Status, StepState, StepStatus
 from coordinator.progress import Mark, Progress
 from coordinator.steps import Deadline, Step
 from coordinator.waits import Delay, Wait
@@ -43,15 +43,20 @@ class Words:
         return " or ".join(start.event.message_type for start in self.definition.starts)
 
     @property
-    def deadline(self) -> str | None:
-        """What becomes of the saga as a whole if it is not done in time."""
+    def about(self) -> list[str]:
+        """Phrases on the saga as a whole: the key that it holds, and what becomes of it if it is not done in time."""
+        lock, found = self.definition.lock, []
+        if lock is not None and self.instance is None:
+            found.append(f"one at a time of each {lock}")
+        elif lock is not None and self.instance is not None and self.instance.status is Status.WAITING:
+            found.append(f"waits until no other saga holds its {lock}")
         if self.instance is not None:
             at = self.instance.deadline
-            return None if at is None else f"turns back at {moment(at)} unless it is done"
+            return found if at is None else [*found, f"turns back at {moment(at)} unless it is done"]
         if self.definition.deadline is None:
-            return None
+            return found
         pivot = ", or past its pivot" if any(step.pivot for step in self.definition.steps) else ""
-        return f"turns back unless it is done within {lasting(self.definition.deadline)}{pivot}"
+        return [*found, f"turns back unless it is done within {lasting(self.definition.deadline)}{pivot}"]
 
     def of(self, leaf: Leaf) -> list[str]:
         """Return phrases on a part: how it stands once it was begun, how it was declared while it is left to do."""

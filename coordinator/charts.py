@@ -64,7 +64,7 @@ class _Drawing:
         instance, definition = self._instance, self._definition
         name = f"saga {definition.name} version {definition.version}"
         about = name if instance is None else f"{name}: {instance.key[:_MOST]}"
-        self._node("started", '(["', [self._words.started_by, about, *filter(None, [self._words.deadline])], '"])')
+        self._node("started", '(["', [self._words.started_by, about, *self._words.about], '"])')
         ends = self._forth(definition.flow, [_End("started")])
         self._end(Status.COMPLETED, definition.on_completed)
         self._join(ends, "completed")

@@ -41,7 +41,6 @@ _UNDO_MARKS = {
     StepStatus.UNDONE: Mark.DONE,
     StepStatus.UNDO_FAILED: Mark.FAILED,
 }
-_ENDED = (Status.COMPLETED, Status.COMPENSATED)
 _GOING_BACK = (StepStatus.UNDOING, StepStatus.UNDONE)
 
 
@@ -109,7 +108,7 @@ class Progress:
         if self.instance.status is status:
             return Mark.DONE
         goes_there = self.instance.turned_back is (status is Status.COMPENSATED)
-        return Mark.LEFT if goes_there and self.instance.status not in _ENDED else Mark.NOT_TAKEN
+        return Mark.LEFT if goes_there and not self.instance.status.ended else Mark.NOT_TAKEN
 
     def done_in(self, node: Parallel) -> int:
         """Return how many branches are done."""
@@ -133,7 +132,7 @@ class Progress:
         """A part that has no state is left to do, or never will be done."""
         branches = (self._steps.get(branch.name) for branch in self._around(node))
         is_over = any(at is not None and at.status is not StepStatus.RUNNING for at in branches)
-        has_ended = self.instance.turned_back or self.instance.status in _ENDED
+        has_ended = self.instance.turned_back or self.instance.status.ended
         return Mark.NOT_TAKEN if has_ended or is_over or _name(node) in self._passed else Mark.LEFT
 
     def _around(self, node: Node) -> tuple[Branch, ...]:

@@ -320,6 +320,34 @@ def test_a_saga_on_its_way_back_says_what_is_undone_and_what_is_to_be_undone() -
     assert "class compensated done" in drawn(trip)
 
 
+def test_a_saga_with_a_lock_says_so_and_whether_it_waits_for_its_turn() -> None:
+    class Locked(Saga, lock="trip", deadline=60):
+        """One at a time."""
+
+        trip: str
+
+        @starts_on(TripWanted)
+        @classmethod
+        def wanted(cls, event: TripWanted) -> Self:
+            return cls(trip=event.trip)
+
+        flow = sequence(booking("a"))
+
+    head = ["  one at a time of each trip", "  turns back unless it is done within 1 min"]
+    assert text_chart(Locked.definition).splitlines()[1:3] == head
+    assert "<br/>one at a time of each trip<br/>" in mermaid(Locked.definition)
+    trip = SagaRun(Locked, TripWanted(trip="1"), waiting=True)
+    assert lines(trip)[:5] == [
+        "saga locked version 1, 1: waiting",
+        "  waits until no other saga holds its trip",
+        "",
+        "[x] on trip.wanted",
+        "[ ] a: within 5 min",
+    ]
+    trip.is_granted()
+    assert lines(trip)[1:2] == ["  turns back at 2026-01-01 00:01:00 UTC unless it is done"]
+
+
 def test_what_is_still_to_be_undone_is_left() -> None:
     trip = run(sequence(booking("a"), booking("b"))).succeeds().gives_no_answer()
     assert line(trip, "undo: cancel_a") == "[ ]   undo: cancel_a"
