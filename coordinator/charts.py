@@ -1,132 +1,213 @@
-"""A saga as a flowchart: Mermaid text, for a definition or for one instance with what was done and undone."""
+"""A saga as a flowchart: Mermaid text, for a definition or for one instance with what was done and undone. Pure."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from coordinator.chart_words import Words
 from coordinator.definition import SagaDefinition
 from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, When, nodes
-from coordinator.instance import Instance, Status, StepStatus
+from coordinator.instance import Instance, Status
+from coordinator.progress import Mark, Progress
+from coordinator.steps import Ending, Step
 from coordinator.waits import Delay, Wait
 
-_CLASSES = {
-    StepStatus.RUNNING: "running",
-    StepStatus.SUCCEEDED: "done",
-    StepStatus.DECLINED: "refused",
-    StepStatus.UNKNOWN: "unknown",
-    StepStatus.RETRYING: "running",
-    StepStatus.UNDO_RETRYING: "running",
-    StepStatus.UNDOING: "running",
-    StepStatus.UNDONE: "undone",
-    StepStatus.UNDO_FAILED: "refused",
-    StepStatus.WAITING: "running",
-    StepStatus.EXPIRED: "unknown",
-    StepStatus.CALLED_OFF: "undone",
+_STYLES = {
+    Mark.DONE: "fill:#d7f5dd,stroke:#1a7f37,color:#0b3d1a",
+    Mark.RUNNING: "fill:#dbeafe,stroke:#1d4ed8,color:#0b2a6b",
+    Mark.LEFT: "fill:#ffffff,stroke:#57606a,color:#24292f",
+    Mark.FAILED: "fill:#fde2e1,stroke:#b42318,color:#5f120b",
+    Mark.NOT_KNOWN: "fill:#fff3cd,stroke:#9a6700,color:#4d3300",
+    Mark.BEING_UNDONE: "fill:#ffe8d1,stroke:#bc4c00,color:#5c2500",
+    Mark.UNDONE: "fill:#ececf1,stroke:#57606a,color:#24292f",
+    Mark.CALLED_OFF: "fill:#ececf1,stroke:#57606a,color:#24292f",
+    Mark.NOT_TAKEN: "fill:#f6f8fa,stroke:#8c959f,color:#6e7781,stroke-dasharray:4 3",
 }
-Ends = list[tuple[str, str]]  # names of what is drawn, and what to write on the arrow that leaves it
-_STYLES = (
-    "classDef done fill:#d7f5dd,stroke:#1a7f37,color:#0b3d1a",
-    "classDef running fill:#dbeafe,stroke:#1d4ed8,color:#0b2a6b",
-    "classDef refused fill:#fde2e1,stroke:#b42318,color:#5f120b",
-    "classDef unknown fill:#fff3cd,stroke:#9a6700,color:#4d3300",
-    "classDef undone fill:#ececf1,stroke:#57606a,color:#24292f",
-)
+_SHAPES = {Step: ('["', '"]'), Each: ('[["', '"]]'), Wait: ('>"', '"]'), Delay: ('>"', '"]')}
+_PIVOT = "stroke-width:4px"
+_GREY = "stroke:#8c959f,stroke-dasharray:4 3"
+_MOST = 120  # characters of a text from outside
+_ESCAPED = {character: f"#{ord(character)};" for character in '"#&<>`\\'}
 
 
-def mermaid(definition: SagaDefinition, instance: Instance | None = None) -> str:
+@dataclass(frozen=True, slots=True)
+class _End:
+    """An arrow that leaves what is drawn: from where, what is written on it, and whether that way was not taken."""
+
+    of: str
+    label: str = ""
+    is_grey: bool = False
+
+
+def mermaid(definition: SagaDefinition, instance: Instance | None = None, others: Iterable[SagaDefinition] = ()) -> str:
     """Return a Mermaid flowchart of a saga: steps downwards, their compensations beside them, upwards.
 
-    With an `instance`, each part has the colour of where it stands.
+    With an `instance`, each part has the colour of where it stands, and what was not taken is dashed. Steps whose
+    commands start one of the `others` name it.
     """
-    lines = ["flowchart TD", f'    started(["{_text(" or ".join(s.event.message_type for s in definition.starts))}"])']
-    ends = _forth(definition.flow, [("started", "")], lines, instance)
-    lines.append('    completed(["completed"])')
-    lines += _edges(ends, "completed")
-    _back(definition.flow, [], lines)
-    return "\n".join([*lines, *_colours(definition, instance)]) + "\n"
+    return _Drawing(definition, instance, others).draw()
 
 
-def _forth(node: Node, before: Ends, lines: list[str], instance: Instance | None) -> Ends:
-    """Draw the way through `node` that begins where `before` ends; return where it ends."""
-    match node:
-        case Sequence(parts):
-            for part in parts:
-                before = _forth(part, before, lines, instance)
+class _Drawing:
+    def __init__(self, definition: SagaDefinition, instance: Instance | None, others: Iterable[SagaDefinition]) -> None:
+        self._definition = definition
+        self._instance = instance
+        self._words = Words(definition, instance, others)
+        self._progress = self._words.progress
+        self._lines = ["flowchart TD"]
+        self._classes: dict[Mark, list[str]] = {}
+        self._edges = 0
+        self._grey: list[int] = []
+        numbered = (node for node in nodes(definition.flow) if isinstance(node, Parallel))
+        self._joins = {node: f"join_{number}" for number, node in enumerate(numbered, 1)}
+
+    def draw(self) -> str:
+        instance, definition = self._instance, self._definition
+        name = f"saga {definition.name} version {definition.version}"
+        about = name if instance is None else f"{name}: {instance.key[:_MOST]}"
+        self._node("started", '(["', [self._words.started_by, about, *self._words.about], '"])')
+        ends = self._forth(definition.flow, [_End("started")])
+        self._end(Status.COMPLETED, definition.on_completed)
+        self._join(ends, "completed")
+        if any(step.undo for step in definition.steps) or (instance and instance.status is Status.COMPENSATED):
+            self._end(Status.COMPENSATED, definition.on_compensated)
+        self._back(definition.flow, [])
+        if self._progress is not None and self._progress.instance.status is Status.NEEDS_ATTENTION:
+            self._call_a_person(self._progress)
+        return "\n".join([*self._lines, *self._styles()]) + "\n"
+
+    def _forth(self, node: Node, before: list[_End]) -> list[_End]:
+        """Draw the way through `node` that begins where `before` ends; return where it ends."""
+        match node:
+            case Sequence(parts):
+                for part in parts:
+                    before = self._forth(part, before)
+                return before
+            case Parallel():
+                return self._side_by_side(node, before)
+            case When():
+                return self._either_way(node, before)
+        left, right = _SHAPES[type(node)]
+        said = self._words.of(node)
+        if self._instance is not None and (at := self._instance.steps.get(node.name)) is not None:
+            said = [at.status.value.replace("_", " "), *said]
+        name = f"do_{node.name}"
+        self._node(name, left, [node.name, *said], right)
+        mark = self._progress.of(node) if self._progress else None
+        self._mark(name, mark)
+        is_passed = mark is Mark.NOT_TAKEN
+        self._join([replace(end, is_grey=end.is_grey or is_passed) for end in before], name)
+        return [_End(name, is_grey=is_passed)]
+
+    def _side_by_side(self, node: Parallel, before: list[_End]) -> list[_End]:
+        branches = self._definition.branches.get(node, ())
+        ends = []
+        for number, part in enumerate(node.parts):
+            into = before
+            if branches:
+                said = branches[number].name
+                if self._progress is not None:
+                    said += f": {self._progress.of_branch(branches[number])}"
+                into = [replace(end, label=f"{end.label}, {said}" if end.label else said) for end in before]
+            ends += self._forth(part, into)
+        name = self._joins[node]
+        self._node(name, '{{"', self._words.of_parallel(node), '"}}')
+        self._join(ends, name)
+        is_passed = all(end.is_grey for end in ends)
+        if self._progress is not None and self._progress.done_in(node) >= node.needed:
+            self._mark(name, Mark.DONE)
+        elif is_passed:
+            self._mark(name, Mark.NOT_TAKEN)
+        return [_End(name, is_grey=is_passed)]
+
+    def _either_way(self, node: When, before: list[_End]) -> list[_End]:
+        name = f"if_{node.condition.name}"
+        self._node(name, '{"', [f"{node.condition.name}?"], '"}')
+        mark = self._progress.of_choice(node) if self._progress else None
+        self._mark(name, mark)
+        is_passed = mark is Mark.NOT_TAKEN
+        self._join([replace(end, is_grey=end.is_grey or is_passed) for end in before], name)
+        answer = self._words.answer(node)
+        yes, no = (_End(name, way, is_passed or answer not in (None, way)) for way in ("yes", "no"))
+        ends = self._forth(node.then, [yes])
+        return [*ends, no] if node.otherwise is None else [*ends, *self._forth(node.otherwise, [no])]
+
+    def _back(self, node: Node, before: list[str]) -> list[str]:
+        """Draw how `node` is undone, up to the compensations `before` it; return the first ones to go."""
+        match node:
+            case Sequence(parts, side_by_side=False):
+                for part in parts:
+                    before = self._back(part, before)
+                return before
+            case Sequence(parts) | Parallel(parts):
+                ends = [end for part in parts for end in self._back(part, before)]
+                return list(dict.fromkeys(ends))
+            case When(parts=parts, otherwise=otherwise):
+                ends = [end for part in parts for end in self._back(part, before)]
+                return list(dict.fromkeys(ends if otherwise is not None else [*ends, *before]))
+        step = self._definition.step_of(node.name)
+        if step is None or step.undo is None:
             return before
-        case Parallel(parts):
-            return [end for part in parts for end in _forth(part, before, lines, instance)]
-        case When(condition, then, otherwise):
-            lines.append(f'    {condition.name}{{"{_text(condition.name)}?"}}')
-            lines += _edges(before, condition.name)
-            ends = _forth(then, [(condition.name, "yes")], lines, instance)
-            if otherwise is None:
-                return [*ends, (condition.name, "no")]
-            return ends + _forth(otherwise, [(condition.name, "no")], lines, instance)
-    lines.append(f'    {node.name}["{_label(node, instance)}"]')
-    lines += _edges(before, node.name)
-    return [(node.name, "")]
+        name = f"undo_{node.name}"
+        mark = self._progress.of_undo(node) if self._progress else None
+        self._node(name, '[/"', [step.undo.name, *([mark.value] if mark else []), *self._words.of_undo(node)], '"/]')
+        self._mark(name, mark)
+        self._edge(f"do_{node.name} -. undo .-> {name}")
+        for end in before or ["compensated"]:
+            self._edge(f"{name} -.-> {end}")
+        return [name]
 
+    def _end(self, status: Status, ending: Ending | None) -> None:
+        said = [f"{status.value}: {ending.name}" if ending else status.value]
+        if self._instance is not None and self._instance.status is not Status.NEEDS_ATTENTION:
+            reason = self._instance.reason if status is Status.COMPENSATED else None
+            said += [reason[:_MOST]] if reason else []
+        self._node(status.value, '(["', said, '"])')
+        self._mark(status.value, self._progress.of_end(status) if self._progress else None)
 
-def _edges(before: Ends, after: str) -> list[str]:
-    return [f"    {end} -->{f'|{label}|' if label else ''} {after}" for end, label in before]
+    def _call_a_person(self, progress: Progress) -> None:
+        """Draw that a person must look, why, and because of what."""
+        reason = progress.instance.reason
+        self._node("needs_attention", '(["', ["needs attention", *([reason[:_MOST]] if reason else [])], '"])')
+        self._mark("needs_attention", Mark.FAILED)
+        for node in nodes(self._definition.flow):
+            if not isinstance(node, Leaf):
+                continue
+            if progress.of_undo(node) is Mark.FAILED:
+                self._edge(f"undo_{node.name} -.-> needs_attention")
+            elif progress.is_why_stuck(node):
+                self._edge(f"do_{node.name} -.-> needs_attention")
 
+    def _node(self, name: str, left: str, lines: list[str], right: str) -> None:
+        self._lines.append(f"    {name}{left}{'<br/>'.join(map(_text, lines))}{right}")
 
-def _back(node: Node, before: list[str], lines: list[str]) -> list[str]:
-    """Draw how `node` is undone, up to the compensations `before` it; return the first ones to go."""
-    match node:
-        case Sequence(parts):
-            for part in parts:
-                before = _back(part, before, lines)
-            return before
-        case Parallel(parts):
-            return list(dict.fromkeys(end for part in parts for end in _back(part, before, lines)))
-        case When(parts=parts, otherwise=otherwise):
-            ends = [end for part in parts for end in _back(part, before, lines)]
-            return list(dict.fromkeys(ends if otherwise is not None else [*ends, *before]))
-    step = node.step if isinstance(node, Each) else node
-    if isinstance(step, Wait | Delay) or step.undo is None:
-        return before
-    undo, compensated = f"undo_{node.name}", '    compensated(["compensated"])'
-    lines.append(f'    {undo}[/"{_text(step.undo.name)}"/]')
-    lines.append(f"    {node.name} -. undo .-> {undo}")
-    if not before and compensated not in lines:
-        lines.append(compensated)
-    lines += [f"    {undo} -.-> {end}" for end in before or ["compensated"]]
-    return [undo]
+    def _join(self, before: list[_End], after: str) -> None:
+        for end in before:
+            if end.is_grey:
+                self._grey.append(self._edges)
+            self._edge(f"{end.of} -->{f'|{_text(end.label)}|' if end.label else ''} {after}")
 
+    def _edge(self, drawn: str) -> None:
+        self._lines.append(f"    {drawn}")
+        self._edges += 1
 
-def _label(node: Leaf, instance: Instance | None) -> str:
-    at = instance.steps.get(node.name) if instance else None
-    if at is not None:
-        counted = f" ({at.fan.begun} of {at.fan.total} begun)" if at.fan else ""
-        return _text(f"{node.name}<br/>{at.status.value}{counted}")
-    match node:
-        case Wait():
-            within = "" if node.timeout is None else f"<br/>within {node.timeout:g} s"
-            return _text(f"{node.name}<br/>waits for {' or '.join(each.message_type for each in node.events)}{within}")
-        case Delay():
-            return _text(f"{node.name}<br/>waits")
-        case Each():
-            each = f"for each of {node.items.name}<br/>{node.limit} at a time"
-            return _text(f"{node.name}<br/>{each}, within {node.step.deadline.timeout:g} s")
-    return _text(f"{node.name}<br/>within {node.deadline.timeout:g} s")
+    def _mark(self, name: str, mark: Mark | None) -> None:
+        if mark is not None:
+            self._classes.setdefault(mark, []).append(name)
 
-
-def _colours(definition: SagaDefinition, instance: Instance | None) -> list[str]:
-    if instance is None:
-        return []
-    lines = [f"    {style}" for style in _STYLES]
-    for node in nodes(definition.flow):
-        if isinstance(node, When) and node.condition.name in instance.steps:
-            lines.append(f"    class {node.condition.name} done")
-        if not isinstance(node, Leaf) or (at := instance.steps.get(node.name)) is None:
-            continue
-        lines.append(f"    class {node.name} {_CLASSES[at.status]}")
-        step = definition.step_of(node.name)
-        if step is not None and step.undo is not None and (at.undo_attempt or (at.fan and at.fan.unseen is not None)):
-            undone = {StepStatus.UNDONE: "done", StepStatus.UNDO_FAILED: "refused"}.get(at.status, "running")
-            lines.append(f"    class undo_{node.name} {undone}")
-    if instance.status in (Status.COMPLETED, Status.COMPENSATED):
-        ends = any(step.undo for step in definition.steps) or instance.status is Status.COMPLETED
-        lines += [f"    class {instance.status.value} done"] if ends else []
-    return lines
+    def _styles(self) -> list[str]:
+        lines = []
+        for mark, style in _STYLES.items():
+            if names := self._classes.get(mark):
+                word = mark.value.replace(" ", "_")
+                lines.append(f"    classDef {word} {style}")
+                lines += [f"    class {name} {word}" for name in names]
+        if pivots := [f"do_{step.name}" for step in self._definition.steps if step.pivot]:
+            lines += [f"    classDef pivot {_PIVOT}", *(f"    class {name} pivot" for name in pivots)]
+        if self._grey:
+            lines.append(f"    linkStyle {','.join(map(str, self._grey))} {_GREY}")
+        return lines
 
 
 def _text(words: str) -> str:
-    return words.replace('"', "#quot;")
+    """Return words as they may stand in a label: nothing in them is taken for Mermaid, HTML or Markdown."""
+    return "".join(_ESCAPED.get(each, each) if each.isprintable() else " " for each in words)

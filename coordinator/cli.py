@@ -7,6 +7,7 @@ standard error that says what to do.
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from uuid import UUID
@@ -16,6 +17,7 @@ from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator import process, saga_commands, version_commands, views
+from coordinator.chart_text import text_chart
 from coordinator.charts import mermaid
 from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
@@ -54,6 +56,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 Reference = Annotated[str, typer.Argument(metavar="SAGA", help="the id or the business key of a saga")]
 
 out = Console()
+
+
+class ChartFormat(StrEnum):
+    """How a flowchart is written."""
+
+    MERMAID = "mermaid"
+    ASCII = "ascii"
 
 
 def main() -> None:
@@ -221,11 +230,16 @@ def chart_saga(
     app: AppReference,
     saga: Annotated[str | None, typer.Argument(help="the name of a saga; by default all of the application")] = None,
     of: Annotated[
-        str | None, typer.Option(metavar="SAGA", help="colour the chart as this saga stands: its id or business key")
+        str | None, typer.Option(metavar="SAGA", help="say where this saga stands: its id or business key")
     ] = None,
+    form: Annotated[
+        ChartFormat, typer.Option("--format", help="for a browser, or for a terminal")
+    ] = ChartFormat.MERMAID,
 ) -> None:
-    """Print a saga as a Mermaid flowchart."""
+    """Print a saga as a flowchart."""
+    draw = mermaid if form is ChartFormat.MERMAID else text_chart
     definitions = {(each.name, each.version): each for each in load_app(app).definitions}
+    others = list(definitions.values())
     if saga is not None and saga not in {name for name, _ in definitions}:
         names = ", ".join(sorted({name for name, _ in definitions})) or "none"
         raise ConfigurationError(f"{app} has no saga called {saga}; it has: {names}")
@@ -236,14 +250,14 @@ def chart_saga(
             if definition is None:
                 raise ConfigurationError(f"{app} has no saga {instance.saga} version {instance.version}")
             if saga in (None, instance.saga):
-                out.file.write(mermaid(definition, instance))
+                out.file.write(draw(definition, instance, others))
 
     if of is not None:
         _with_store(work)
         return
     for definition in definitions.values():
         if saga in (None, definition.name):
-            out.file.write(mermaid(definition))
+            out.file.write(draw(definition, None, others))
 
 
 saga_commands.add_to(sagas)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from coordinator.durations import lasting
 from coordinator.lifecycles.definition import LifecycleDefinition
 from coordinator.lifecycles.entity import Entity
 from coordinator.lifecycles.rules import Deadlines, Transition
@@ -10,7 +11,6 @@ _STYLES = (
     "classDef here fill:#dbeafe,stroke:#1d4ed8,color:#0b2a6b",
     "classDef been fill:#d7f5dd,stroke:#1a7f37,color:#0b3d1a",
 )
-_UNITS = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def state_diagram(definition: LifecycleDefinition, entity: Entity | None = None, been: Iterable[str] = ()) -> str:
@@ -48,14 +48,8 @@ def _label(transition: Transition) -> str:
 def _notes(deadline: Deadlines) -> list[str]:
     notes = []
     if deadline.remind_after is not None:
-        again = f", then every {_time(deadline.every)}" if deadline.every is not None else ""
-        notes.append(f"reminder after {_time(deadline.remind_after)}{again}")
+        again = f", then every {lasting(deadline.every)}" if deadline.every is not None else ""
+        notes.append(f"reminder after {lasting(deadline.remind_after)}{again}")
     if deadline.escalate_after is not None:
-        notes.append(f"after {_time(deadline.escalate_after)} also {deadline.escalate_to}")
+        notes.append(f"after {lasting(deadline.escalate_after)} also {deadline.escalate_to}")
     return notes
-
-
-def _time(seconds: float) -> str:
-    """Return a time in the largest unit that it is at least one of."""
-    size, unit = next((each for each in _UNITS if seconds >= each[0]), _UNITS[-1])
-    return f"{seconds / size:g} {unit}"

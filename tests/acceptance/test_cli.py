@@ -73,8 +73,11 @@ def test_a_saga_from_standard_input_to_its_chart(on_servers: dict[str, str], tmp
     assert shown["reason"] == "ship_goods declined: no such address"
     assert "ship_goods declined" in coordinator(on_servers, "sagas", "show", saga["id"]).stdout
     chart = coordinator(on_servers, "sagas", "chart", APP, "--of", ORDER).stdout
-    assert "class ship_goods refused" in chart
+    assert "class do_ship_goods failed" in chart
     assert "class undo_charge_card done" in chart
+    text = coordinator(on_servers, "sagas", "chart", APP, "--of", ORDER, "--format", "ascii").stdout.splitlines()
+    assert "[!] ship_goods: declined" in text
+    assert "[x] compensated" in [each[:15] for each in text]
 
 
 def test_lines_that_are_no_events_are_named_and_the_rest_is_published(environment: dict[str, str]) -> None:

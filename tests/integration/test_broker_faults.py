@@ -359,7 +359,7 @@ async def test_f22_events_wait_until_the_queues_of_a_vhost_that_was_reset_are_ma
         assert publishing is not None
         assert consuming is not None
         right, consuming.url = consuming.url, URL("amqp://127.0.0.1:1/")  # that connection comes back later
-        await asyncio.to_thread(reset_vhost, private_rabbitmq, URL(private_amqp_url).path.removeprefix("/"))
+        await asyncio.to_thread(private_rabbitmq.reset, private_amqp_url)
         await until(lambda: not consuming.connected.is_set())
         await until(lambda: publishing.connected.is_set() and not (bus._publisher is None or bus._publisher.is_closed))
         missing = set(await load.commit())
@@ -369,14 +369,6 @@ async def test_f22_events_wait_until_the_queues_of_a_vhost_that_was_reset_are_ma
         while missing:
             missing.discard((await mailbox.next()).id)
         await load.is_published()
-
-
-def reset_vhost(broker: RabbitMQ, name: str) -> None:
-    """Remove it with all that is in it, and make it again, empty."""
-    user = URL(broker.url).user or "guest"
-    broker.manage("DELETE", f"vhosts/{name}")
-    broker.manage("PUT", f"vhosts/{name}")
-    give(broker, name, user, configure=".*", write=".*", read=".*")
 
 
 # A consumer that RabbitMQ has dropped (F23)

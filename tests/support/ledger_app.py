@@ -9,12 +9,14 @@ from typing import Self
 from uuid import UUID
 
 from dishka import Provider, Scope, provide
-from sqlalchemy import Column, Integer, MetaData, Table, Text, Uuid, bindparam, text
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, Text, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
 
 from coordinator import App, Saga, compensated, completed, sequence, starts_on, step
-from events import Command, Event, Reply
+from events import Command, Event, Reply, ServiceOutbox
 from events.database import open_database
+from events.ids import TimeOrderedIds
 from handlers import Context, Declined, Retry, handles
 
 TIMEOUT = float(os.environ.get("LEDGER_TIMEOUT", "120"))  # seconds for each step
@@ -191,6 +193,17 @@ class Order(Saga):
     @compensated
     def undone(self, reason: str) -> OrderUndone:
         return OrderUndone(order_id=self.order_id, reason=reason)
+
+
+def place_orders(database: Engine, count: int) -> list[UUID]:
+    """Leave orders in the outbox, as a service would; return their ids."""
+    ids, outbox = TimeOrderedIds(), ServiceOutbox("/shop")
+    placed = []
+    with Session(database) as session, session.begin():
+        for number in range(count):
+            placed.append(ids.new())
+            outbox.add(session, OrderPlaced(order_id=placed[-1], number=number), id=str(placed[-1]))
+    return placed
 
 
 app = App(

@@ -404,13 +404,13 @@ def test_a_charge_that_is_known_too_late_is_given_back() -> None:
 @each_saga
 def test_the_chart_shows_every_step_every_compensation_and_how_it_ends(story: Story) -> None:
     chart = mermaid(story.saga.definition)
-    names = [part.step for part in story.parts]
+    names = [f"do_{part.step}" for part in story.parts]
     for before, name in zip(["started", *names], [*names, "completed"], strict=True):
         assert f"    {before} --> {name}\n" in chart
     for part, step in zip(story.parts, story.saga.definition.steps, strict=True):
-        assert f'    {part.step}["{part.step}<br/>within 60 s"]\n' in chart
+        assert f'    do_{part.step}["{part.step}<br/>within 1 min' in chart
         assert (f"undo_{part.step}" in chart) is (part.undo is not None)
-        assert step.undo is None or f'    undo_{part.step}[/"{step.undo.name}"/]\n' in chart
+        assert step.undo is None or f'    undo_{part.step}[/"{step.undo.name}<br/>within 1 min' in chart
     assert story.start.message_type in chart
     assert "--> completed" in chart
     assert "-.-> compensated" in chart
@@ -422,8 +422,8 @@ def test_the_chart_of_an_instance_says_where_each_step_stands(story: Story) -> N
     run = story.run_to(second.step)
     run.declines("gone")
     chart = mermaid(story.saga.definition, run.instance)
-    assert f'{first.step}["{first.step}<br/>undoing"]' in chart
-    assert f"class {second.step} refused" in chart
+    assert f'do_{first.step}["{first.step}<br/>undoing"]' in chart
+    assert f"class do_{second.step} failed" in chart
     assert f"class undo_{first.step} running" in chart
     story.undo_all(run)
     assert f"class undo_{first.step} done" in mermaid(story.saga.definition, run.instance)

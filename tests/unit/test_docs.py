@@ -4,8 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from coordinator.chart_text import text_chart
+from coordinator.charts import mermaid
+from coordinator.testing import SagaRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,9 +19,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def run(page: Path) -> None:
+def run(page: Path) -> dict[str, Any]:
+    """Run the code of a page; return what it defines."""
     code = "\n".join(blocks(page, "python"))
-    exec(compile(code, str(page), "exec", dont_inherit=True), {"__name__": page.stem})
+    defined: dict[str, Any] = {"__name__": page.stem}
+    exec(compile(code, str(page), "exec", dont_inherit=True), defined)
+    return defined
 
 
 PAGES = ["approvals.md", "first-saga.md", "flows.md", "handlers.md", "sagas.md", "versions.md"]
@@ -31,6 +39,18 @@ def test_a_page_prints_what_it_says(
     run(page)
     [expected] = blocks(page, "text")
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == expected.splitlines()
+
+
+def test_the_page_about_sagas_shows_the_charts_that_are_drawn() -> None:
+    page = ROOT / "docs" / "sagas.md"
+    defined = run(page)
+    trip = SagaRun(defined["Trip"], defined["TripWanted"](trip="t-1", abroad=True))
+    trip.succeeds(step="flight").succeeds(step="hotel").declines("the passport is too old").succeeds(step="flight")
+    assert blocks(page, "mermaid") == [mermaid(trip.definition)]
+    [shown] = blocks(page, "console")
+    command, _, chart = shown.partition("\n")
+    assert command == "$ coordinator sagas chart APP --of t-1 --format ascii"
+    assert chart == text_chart(trip.definition, trip.instance)
 
 
 def test_the_readme_example_is_a_whole_application(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import Backoff, Status, parallel, sequence, when
-from coordinator.charts import mermaid
 from coordinator.flow import Leaf, Node, Parallel, Sequence, When, nodes
 from coordinator.instance import StepStatus
 from coordinator.steps import Hook, Step
@@ -15,7 +14,7 @@ from coordinator.testing import BEGIN, SagaRun
 from events.envelope import Direction, Result
 from events.errors import DefinitionError
 from tests.support.histories import findings
-from tests.support.trips import TripWanted, booking, is_far, names, run, saga
+from tests.support.trips import booking, is_far, names, run, saga
 
 
 def test_parts_of_a_parallel_begin_together_and_what_follows_waits_for_all_of_them() -> None:
@@ -105,31 +104,6 @@ def test_what_is_no_part_of_a_flow_is_refused() -> None:
         when(lambda saga: saga.far, booking("a"))
     with pytest.raises(DefinitionError, match=r"two steps or conditions .* have the same name"):
         saga(sequence(when(is_far, booking("a")), when(is_far, booking("b"))))
-
-
-def test_a_chart_shows_branches_and_choices_and_how_they_are_undone() -> None:
-    flow = sequence(
-        booking("a"), parallel(booking("b"), booking("c")), when(is_far, booking("d")), booking("e", undone=False)
-    )
-    chart = mermaid(saga(flow).definition)
-    for edge in (
-        "a --> b",
-        "a --> c",
-        "b --> is_far",
-        "c --> is_far",
-        "is_far -->|yes| d",
-        "is_far -->|no| e",
-        "d --> e",
-        "e --> completed",
-        "undo_b -.-> undo_a",
-        "undo_c -.-> undo_a",
-        "undo_d -.-> undo_b",
-        "undo_d -.-> undo_c",
-        "undo_a -.-> compensated",
-    ):
-        assert f"    {edge}\n" in chart
-    trip = SagaRun(saga(flow), TripWanted(trip="1")).succeeds()
-    assert "class b running" in mermaid(trip.definition, trip.instance)
 
 
 # Forward recovery

@@ -191,7 +191,7 @@ def test_a_life_cycle_is_drawn_as_a_state_diagram() -> None:
         "    paid --> [*]",
         "    refused --> [*]",
         "    note right of open",
-        "        reminder after 1.5 min, then every 2 h",
+        "        reminder after 90 s, then every 2 h",
         "        after 3 d also cfo",
         "    end note",
     ]
