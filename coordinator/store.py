@@ -1,6 +1,7 @@
 """Where instances and their history are kept: the same statements on PostgreSQL and SQLite, a batch at a time."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -180,12 +181,37 @@ class Store:
         return [_instance(row) for row in await self._read(wanted.order_by(*columns).limit(limit))]
 
     async def open_items(self, saga_id: UUID, limit: int = 50) -> dict[str, StepState]:
-        """Return the items of an instance's fan-outs that are under way or have failed, the first ones only."""
+        """Return items of an instance's fan-outs that have failed or are under way, `limit` of them at most."""
         over = [StepStatus.LISTED.value, StepStatus.SUCCEEDED.value, StepStatus.UNDONE.value]
-        ours = (saga_item.c.saga_id == saga_id, saga_item.c.status.not_in(over))
-        query = select(saga_item.c.step, saga_item.c.number, saga_item.c.state).where(*ours)
-        found = await self._read(query.order_by(saga_item.c.step, saga_item.c.number).limit(limit))
+        query = select(saga_item.c.step, saga_item.c.number, saga_item.c.state)
+        query = query.where(saga_item.c.saga_id == saga_id, saga_item.c.status.not_in(over))
+        order = (saga_item.c.due_at.is_not(None), saga_item.c.step, saga_item.c.number)
+        found = await self._read(query.order_by(*order).limit(limit))
         return {item_name(row.step, row.number): StepState.from_json(row.state) for row in found}
+
+    async def due_items(
+        self, query: Query, *, before: datetime | None, limit: int
+    ) -> Sequence[tuple[Instance, str, StepState]]:
+        """Return the items of fan-outs that have a deadline, of the instances that are meant, the earliest first."""
+        is_meant = replace(query, step=None, step_status=None).condition()
+        ours: Any = [saga_item.c.due_at.is_not(None), text(f"saga_instance.{IN_FLIGHT}"), is_meant]
+        if query.step is not None:
+            ours.append(saga_item.c.step == query.step)
+        if before is not None:
+            ours.append(saga_item.c.due_at < before)
+        found = await self._read(
+            _select()
+            .add_columns(saga_item.c.step, saga_item.c.number, saga_item.c.state.label("item"))
+            .join(saga_item, saga_item.c.saga_id == saga_instance.c.id)
+            .where(*ours)
+            .order_by(saga_item.c.due_at)
+            .limit(limit)
+        )
+        columns = len(_COLUMNS)
+        return [
+            (_instance(tuple(row)[:columns]), item_name(row.step, row.number), StepState.from_json(row.item))
+            for row in found
+        ]
 
     async def history(self, saga_id: UUID) -> Sequence[Row[Any]]:
         """Return the transitions of an instance, oldest first."""

@@ -1,7 +1,7 @@
 """What happens by itself when its time comes: deadlines of answers and of sagas, next attempts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -15,6 +15,7 @@ _WHAT = {
     StepStatus.UNDOING: "the answer to its compensation is late",
     StepStatus.RETRYING: "next attempt",
     StepStatus.UNDO_RETRYING: "next attempt of its compensation",
+    StepStatus.WAITING: "it waits no longer",
 }
 
 
@@ -65,6 +66,8 @@ async def find_timers(store: Store, query: Query, *, before: datetime | None = N
         if sum(timer.due_at <= horizon for timer in found) >= limit:
             break
         last = horizon, last_id
+    for instance, name, at in await store.due_items(query, before=before, limit=limit):
+        found += _wanted([replace(instance, steps={name: at}, due_at=at.due_at, deadline=None)], name, before)
     return sorted(found, key=lambda timer: timer.due_at)[:limit]
 
 

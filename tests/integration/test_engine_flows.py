@@ -12,9 +12,11 @@ from coordinator.definition import Saga
 from coordinator.facts import child_id
 from coordinator.flow import each, sequence
 from coordinator.instance import Instance, Status, StepStatus
+from coordinator.search import Query
 from coordinator.steps import compensated, completed, starts_on, step
 from coordinator.store import Store
 from coordinator.tables import parked_event, saga_item, saga_wait
+from coordinator.timers import find_timers
 from coordinator.waits import awaits, delay
 from events.database import transaction
 from events.derive import derive_id
@@ -436,6 +438,10 @@ async def test_the_deadline_of_an_item_passes_for_it_alone(world: World) -> None
     first = (await world.sent("ship.parcel"))[0]
     await coordinator.take(answer(first, Labelled(label="l")))
     assert list(await coordinator.store.open_items((await world.instance("o-1")).id)) == ["ship[1]"]
+    for asked in (Query(), Query(step="ship"), Query(saga="delivery")):
+        assert [timer.step for timer in await find_timers(coordinator.store, asked)] == ["ship[1]"]
+    assert await find_timers(coordinator.store, Query(step="other")) == []
+    assert await find_timers(coordinator.store, Query(), before=world.clock.now()) == []
     world.clock.advance(60)
     await coordinator.engine.fire_timers()
     assert (await world.instance("o-1")).reason == "ship[1] gave no answer in time"
