@@ -203,16 +203,12 @@ class _Rerun:
             batch.take(item)
         elif self._instance is None:
             raise UnclearError(f"its history begins with {kind}")
-        elif kind == "deadline":
-            batch.elapse(batch.loaded[self._id])
-        elif kind == "given_up":
-            batch.stop(batch.loaded[self._id], row["reason"])
         elif kind in _VERBS:
             refused = batch.act(self._id, _act(row, at))
             if isinstance(refused, CoordinatorError):
                 return f"it would be refused: {refused}"
         else:
-            raise UnclearError(f"nobody here knows how to decide on {kind} again")
+            self._go_on(batch, row)
         if batch.letters:
             letter = batch.letters[0]
             return f"it could not be taken: {letter.reason}: {letter.detail}"
@@ -224,6 +220,18 @@ class _Rerun:
         self._instance = self._with_times(after, row)
         now = dict(zip((*COLUMNS, "hash"), batch.history[0], strict=True))
         return _difference(row, {**now, "change": from_json(now["change"]), "sent": from_json(now["sent"])})
+
+    def _go_on(self, batch: Batch, row: Document) -> None:
+        """Let what is neither a message nor an act happen again."""
+        match row["kind"]:
+            case "deadline":
+                batch.elapse(batch.loaded[self._id])
+            case "granted":
+                batch.grant(self._id)
+            case "given_up":
+                batch.stop(batch.loaded[self._id], row["reason"])
+            case kind:
+                raise UnclearError(f"nobody here knows how to decide on {kind} again")
 
     def _message(self, row: Document) -> Envelope | None:
         """Return the message that was decided on, as it came; None where it was none."""

@@ -218,6 +218,18 @@ async def test_events_that_were_waited_for_are_decided_on_again(world: World) ->
     assert (made.same, made.broken, made.unclear) == (1, [], {})
 
 
+async def test_a_turn_that_was_waited_for_is_decided_on_again(world: World) -> None:
+    class Alone(Trip, name="alone", lock="trip"):
+        """One at a time."""
+
+    coordinator = await world.coordinator(Alone)
+    await coordinator.take(wanted("t-1"))
+    recorded = await documents(coordinator)
+    assert [row["kind"] for row in recorded[0]["history"]] == ["started", "granted"]
+    made = verdict(recorded, Alone)
+    assert (made.same, made.broken, made.unclear) == (1, [], {})
+
+
 async def test_items_are_decided_on_again(world: World) -> None:
     coordinator = await world.coordinator(Delivery)
     await coordinator.take(envelope_of(Parcels(order="o-1", parcels=3)))
