@@ -56,6 +56,7 @@ class _Drawing:
         self._lines = ["flowchart TD"]
         self._classes: dict[Mark, list[str]] = {}
         self._edges = 0
+        self._meetings = 0
         self._grey: list[int] = []
         numbered = (node for node in nodes(definition.flow) if isinstance(node, Parallel))
         self._joins = {node: f"join_{number}" for number, node in enumerate(numbered, 1)}
@@ -139,6 +140,7 @@ class _Drawing:
                     before = self._back(part, before)
                 return before
             case Sequence(parts) | Parallel(parts):
+                before = self._meet(node, before)
                 ends = [end for part in parts for end in self._back(part, before)]
                 return list(dict.fromkeys(ends))
             case When(parts=parts, otherwise=otherwise):
@@ -153,6 +155,18 @@ class _Drawing:
         self._mark(name, mark)
         self._edge(f"do_{node.name} -. undo .-> {name}")
         for end in before or ["compensated"]:
+            self._edge(f"{name} -.-> {end}")
+        return [name]
+
+    def _meet(self, node: Node, before: list[str]) -> list[str]:
+        """Let several compensations of `node` meet on their way to several others; Mermaid draws 500 arrows at most."""
+        steps = (self._definition.step_of(each.name) for each in nodes(node) if isinstance(each, Leaf))
+        if len(before) < 2 or sum(step is not None and step.undo is not None for step in steps) < 2:  # noqa: PLR2004
+            return before
+        self._meetings += 1
+        name = f"back_{self._meetings}"
+        self._node(name, '{{"', ["all undone"], '"}}')
+        for end in before:
             self._edge(f"{name} -.-> {end}")
         return [name]
 

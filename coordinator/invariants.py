@@ -14,6 +14,7 @@ CLOCKS = timedelta(seconds=1)  # by which the clocks of two processes may differ
 
 # What may follow what; a status may always follow itself, and anything what a person has looked at.
 FOLLOWS = {
+    Status.WAITING: tuple(Status),
     Status.RUNNING: (Status.COMPENSATING, Status.COMPLETED, Status.COMPENSATED, Status.NEEDS_ATTENTION),
     Status.COMPENSATING: (Status.COMPENSATED, Status.NEEDS_ATTENTION),
     Status.COMPLETED: tuple(Status),

@@ -21,7 +21,7 @@ _COLUMNS = ("id", "saga_id", "step", "number", "status", "state", "due_at")
 _insert = Bulk(saga_item, *_COLUMNS)
 _update = Bulk(saga_item, "id", "status", "state", "due_at")
 _named = Lookup(saga_item, "saga_id", "step", "number", "state", key="id")
-_LOOK = 200  # rows that are read at once where it is not known which of them matter
+LOOK = 200  # rows that are read at once where it is not known which of them matter
 
 
 def id_of(saga_id: UUID, name: str) -> UUID:
@@ -58,7 +58,7 @@ class Items:
         for saga_id, instance in loaded.items():
             if (definition := definitions.get(saga_id)) is None:
                 continue
-            for node in _fans(definition, instance):
+            for node in fans_of(definition, instance):
                 for query in _wanted(instance, node, answers[saga_id, node.name], due):
                     _collect(found, (await connection.execute(query)).all())
         return {
@@ -87,31 +87,38 @@ class Items:
         await _update.update(connection, changed, key="id")
 
 
-def _fans(definition: SagaDefinition, instance: Instance) -> list[Each]:
+def fans_of(definition: SagaDefinition, instance: Instance) -> list[Each]:
+    """Return the fan-outs of a saga that have begun."""
     named = (definition.by_name.get(name) for name, at in instance.steps.items() if at.fan is not None)
     return [node for node in named if isinstance(node, Each)]
 
 
-def _wanted(instance: Instance, node: Each, answers: int, due: datetime | None) -> list[Select[Any]]:
-    """Return queries for the items that come next, after as many answers, and for those whose deadline has passed."""
+def next_items(instance: Instance, node: Each, answers: int, *, on_time: bool) -> range:
+    """Return the numbers of the items that come next, after as many answers, or also when deadlines have passed."""
     at = instance.steps[node.name]
     fan = at.fan
     if fan is None or not instance.status.in_flight:
-        return []
+        return range(0)
+    room = node.limit - fan.pending + answers + (LOOK if on_time and fan.pending else 0)
+    if at.status is StepStatus.RUNNING and room > 0:
+        return range(fan.begun, min(fan.total, fan.begun + room))
+    if at.status is StepStatus.UNDOING and room > 0:
+        unseen = fan.begun if fan.unseen is None else fan.unseen
+        return range(max(0, unseen - max(room, LOOK)), unseen)
+    return range(0)
+
+
+def _wanted(instance: Instance, node: Each, answers: int, due: datetime | None) -> list[Select[Any]]:
+    """Return queries for the items that come next, after as many answers, and for those whose deadline has passed."""
+    fan = instance.steps[node.name].fan
     of_step = and_(saga_item.c.saga_id == instance.id, saga_item.c.step == node.name)
     query = select(saga_item.c.saga_id, saga_item.c.step, saga_item.c.number, saga_item.c.state).where(of_step)
     queries = []
-    if due is not None and fan.pending:
-        queries.append(query.where(saga_item.c.due_at <= due).order_by(saga_item.c.due_at).limit(_LOOK))
-        answers += _LOOK
-    room = node.limit - fan.pending + answers
-    number = saga_item.c.number
-    if at.status is StepStatus.RUNNING and room > 0 and fan.begun < fan.total:
-        queries.append(query.where(number >= fan.begun, number < fan.begun + room))
-    elif at.status is StepStatus.UNDOING and room > 0:
-        unseen = fan.begun if fan.unseen is None else fan.unseen
-        if unseen:
-            queries.append(query.where(number < unseen, number >= unseen - max(room, _LOOK)))
+    if due is not None and fan is not None and fan.pending and instance.status.in_flight:
+        queries.append(query.where(saga_item.c.due_at <= due).order_by(saga_item.c.due_at).limit(LOOK))
+    if numbers := next_items(instance, node, answers, on_time=due is not None):
+        number = saga_item.c.number
+        queries.append(query.where(number >= numbers.start, number < numbers.stop))
     return queries
 
 

@@ -118,12 +118,19 @@ def list_entities(
 
 
 @lifecycles.command("waiting")
-def list_waiting(app: AppReference, role: Role = None, limit: Limit = 50, as_json: AsJson = False) -> None:
+def list_waiting(
+    app: AppReference,
+    role: Role = None,
+    user: Annotated[str | None, typer.Option(help="also what was escalated to this person")] = None,
+    limit: Limit = 50,
+    as_json: AsJson = False,
+) -> None:
     """List what waits for somebody with these roles, what has waited for longest first."""
+    names = [*(role or ()), *([user] if user else ())]
     states = Definitions(load_app(app).lifecycles).waiting_for(role or ())
 
     async def work(store: LifecycleStore) -> None:
-        print_entities(out, await store.waiting(states, role or (), limit), as_json=as_json)
+        print_entities(out, await store.waiting(states, names, limit), as_json=as_json)
 
     _with_store(work)
 

@@ -17,7 +17,8 @@ from coordinator.chain import COLUMNS
 from coordinator.decision import Acted, Resolution, Verb
 from coordinator.definition import SagaDefinition
 from coordinator.facts import Facts
-from coordinator.instance import Instance, Origin, Status, StepState
+from coordinator.instance import Instance, Origin, Status, StepState, item_name, step_and_item
+from coordinator.items import LOOK, fans_of, next_items
 from coordinator.sagas import Sagas
 from coordinator.waiting import correlations
 from events.codec import BATCH_TYPE, Limits, bundle_body
@@ -136,11 +137,13 @@ class _Rerun:
         self._id = UUID(document["id"])
         self._version: int = document["version"]
         self._instance: Instance | None = None
+        self._items: dict[str, StepState] = {}  # of fan-outs: at work they are loaded when they are needed
 
     def run(self) -> Break | None:
         rows = self._document["history"]
         migrated = [number for number, row in enumerate(rows) if row["kind"] == "migrated"]
         if migrated:  # it tells everything, and what was before it concerns another version
+            self._note_items(rows[: migrated[-1]])
             self._stand(rows[migrated[-1]])
             rows = rows[migrated[-1] + 1 :]
         definition = self._definitions.get((self._document["saga"], self._version))
@@ -164,6 +167,11 @@ class _Rerun:
     def _broken(self, row: Document, what: str) -> Break:
         about = self._document
         return Break(about["id"], about["saga"], self._version, about["key"], row["revision"], row["kind"], what)
+
+    def _note_items(self, rows: Iterable[Document]) -> None:
+        for row in rows:
+            steps = row["change"].get("steps", {})
+            self._items |= {name: StepState.from_json(at) for name, at in steps.items() if _is_item(name)}
 
     def _stand(self, row: Document) -> None:
         """Put the instance where a migration has put it."""
@@ -195,16 +203,12 @@ class _Rerun:
             batch.take(item)
         elif self._instance is None:
             raise UnclearError(f"its history begins with {kind}")
-        elif kind == "deadline":
-            batch.elapse(self._instance)
-        elif kind == "given_up":
-            batch.stop(self._instance, row["reason"])
         elif kind in _VERBS:
             refused = batch.act(self._id, _act(row, at))
             if isinstance(refused, CoordinatorError):
                 return f"it would be refused: {refused}"
         else:
-            raise UnclearError(f"nobody here knows how to decide on {kind} again")
+            self._go_on(batch, row)
         if batch.letters:
             letter = batch.letters[0]
             return f"it could not be taken: {letter.reason}: {letter.detail}"
@@ -216,6 +220,18 @@ class _Rerun:
         self._instance = self._with_times(after, row)
         now = dict(zip((*COLUMNS, "hash"), batch.history[0], strict=True))
         return _difference(row, {**now, "change": from_json(now["change"]), "sent": from_json(now["sent"])})
+
+    def _go_on(self, batch: Batch, row: Document) -> None:
+        """Let what is neither a message nor an act happen again."""
+        match row["kind"]:
+            case "deadline":
+                batch.elapse(batch.loaded[self._id])
+            case "granted":
+                batch.grant(self._id)
+            case "given_up":
+                batch.stop(batch.loaded[self._id], row["reason"])
+            case kind:
+                raise UnclearError(f"nobody here knows how to decide on {kind} again")
 
     def _message(self, row: Document) -> Envelope | None:
         """Return the message that was decided on, as it came; None where it was none."""
@@ -235,7 +251,7 @@ class _Rerun:
         return envelope
 
     def _facts(self, sagas: Sagas, row: Document, envelope: Envelope | None) -> Facts:
-        loaded = {} if self._instance is None else {self._id: self._instance}
+        loaded = {} if self._instance is None else {self._id: self._with_items(self._instance, sagas, row)}
         if envelope is None or row["kind"] not in _EVENTS:
             return Facts(loaded)
         event = sagas.registry.read(envelope)
@@ -254,7 +270,33 @@ class _Rerun:
         }
         moved = any("deadline" in each["change"] for each in self._document["history"])
         deadline = instance.deadline if moved else _time(self._document.get("deadline"))
-        return replace(instance, steps=steps, due_at=None, deadline=deadline)
+        self._items |= {name: at for name, at in steps.items() if _is_item(name)}
+        kept = {name: at for name, at in steps.items() if not _is_item(name)}
+        return replace(instance, steps=kept, due_at=None, deadline=deadline)
+
+    def _with_items(self, instance: Instance, sagas: Sagas, row: Document) -> Instance:
+        """Return the instance with the items that it had at hand then: which ones has a say in what follows."""
+        on_time, named = row["kind"] == "deadline", row["step"] or ""
+        names = [named] if _is_item(named) else []
+        for node in fans_of(sagas.of(instance), instance):
+            answers = len(names) if step_and_item(named)[0] == node.name else 0
+            names += [item_name(node.name, each) for each in next_items(instance, node, answers, on_time=on_time)]
+            if on_time:
+                names += self._overdue(node.name, datetime.fromisoformat(row["at"]))
+        loaded = {name: self._items[name] for name in names if name in self._items}
+        return replace(instance, steps={**instance.steps, **loaded})
+
+    def _overdue(self, step: str, now: datetime) -> list[str]:
+        due = [
+            (at.due_at, name)
+            for name, at in self._items.items()
+            if step_and_item(name)[0] == step and at.due_at is not None and at.due_at <= now
+        ]
+        return [name for _, name in sorted(due)[:LOOK]]
+
+
+def _is_item(name: str) -> bool:
+    return step_and_item(name)[1] is not None
 
 
 def _act(row: Document, at: datetime) -> Acted:

@@ -95,6 +95,8 @@ class _Position:
         """
         if self._old.lock is not None and self._new.lock != self._old.lock:
             raise NotTransferableError(f"it holds {self._old.lock}, or waits for it, until it has ended")
+        if self._old.lock != self._new.lock:
+            raise NotTransferableError(f"it does not hold {self._new.lock}, without which others would run beside it")
         conditions = {node.condition.name for node in nodes(self._new.flow) if isinstance(node, When)}
         branches = {branch.name for each in self._new.branches.values() for branch in each}
         for name, at in self._instance.steps.items():

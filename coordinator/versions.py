@@ -11,13 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator.definition import SagaDefinition
 from coordinator.fingerprints import Structure, differences, fingerprint, structure
 from coordinator.instance import Status
-from coordinator.tables import saga_instance, saga_version
+from coordinator.tables import IN_FLIGHT, saga_instance, saga_version
 from events.bulk import Bulk
 from events.database import reader, transaction
 from events.errors import ConfigurationError
 
 _ENDED = (Status.COMPLETED.value, Status.COMPENSATED.value)
-_IN_FLIGHT = text("status IN ('running', 'compensating')")  # in the words of the index
 _insert = Bulk(saga_version, "saga", "version", "fingerprint", "structure", "first_seen")
 
 Key = tuple[str, int]
@@ -94,7 +93,7 @@ class Versions:
 
     async def in_flight(self) -> set[Key]:
         """Return the versions that have instances in flight; cheap whatever the number of those that have ended."""
-        query = select(saga_instance.c.saga, saga_instance.c.version).where(_IN_FLIGHT).distinct()
+        query = select(saga_instance.c.saga, saga_instance.c.version).where(text(IN_FLIGHT)).distinct()
         async with self._reader.connect() as connection:
             return {(saga, version) for saga, version in await connection.execute(query)}
 

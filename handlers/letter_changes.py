@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, not_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from events.bulk import Bulk
-from events.dead_letters import COORDINATOR
+from events.dead_letters import COORDINATOR, storable
 from events.envelope import Envelope
 from events.errors import ConfigurationError
 from events.ids import Ids
@@ -39,8 +39,8 @@ class Act:
     def __init__(self, what: str, *, by: str, why: str, now: datetime, ids: Ids) -> None:
         refuse_silence(by, why)
         self._what = what
-        self._by = by
-        self._why = why
+        self._by = storable(by)
+        self._why = storable(why)
         self._now = now
         self._ids = ids
 

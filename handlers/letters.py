@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from events.codec import STRUCTURED_TYPE, Limits, Part, read_body
 from events.database import reader
-from events.dead_letters import BROKER_REASONS, DEAD, summary_of
+from events.dead_letters import BROKER_REASONS, DEAD, storable, summary_of
 from events.errors import ConfigurationError
 from events.tables import dead_letter, dead_letter_change
 from handlers.tables import retry
@@ -51,7 +51,10 @@ class Query:
 
     def condition(self) -> ColumnElement[bool]:
         """Return this as a condition on the table."""
-        found = [dead_letter.c[name] == value for name in _EXACT if (value := getattr(self, name)) is not None]
+        given = {name: value for name in _EXACT if (value := getattr(self, name)) is not None}
+        found = [
+            dead_letter.c[name] == (storable(each) if isinstance(each, str) else each) for name, each in given.items()
+        ]
         if self.ids is not None:
             found.append(dead_letter.c.id.in_(self.ids))
         if self.since is not None:

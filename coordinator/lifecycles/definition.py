@@ -107,6 +107,7 @@ def _define(cls: type[Lifecycle], name: str, version: int) -> LifecycleDefinitio
     states = _reached(creations[0], transitions)
     fields = set(cls.model_fields)
     kept = {next(iter(cls.model_fields))} | {name for each in given for name in (each.by, *each.four_eyes) if name}
+    kept |= {each.escalate_to for each in declared if each.escalate_to}
     for each in given:
         _check(cls, each, fields, {*transitions, creations[0].name})
         if fixed := each.edits & kept:

@@ -147,7 +147,7 @@ class Due:
         entered_at: since when the entity is in it.
         at: when this was noticed.
         reminders: how many there were, this one included.
-        escalated_to: the role that it has been escalated to, if it has.
+        escalated_to: the role or the person that it has been escalated to, if it has.
     """
 
     kind: Kind
@@ -170,7 +170,7 @@ class Entity:
         entered_at: since when it is in its state.
         reminders: how many there were since then.
         remind_at, escalate_at: when the next reminder is due, and the escalation.
-        escalated_to: the role that may decide, too, since it was escalated.
+        escalated_to: the role, or the person, that may decide, too, since it was escalated.
         correlation_id: what its messages belong to.
         head: the hash of the last entry of its audit trail that was written.
     """

@@ -16,6 +16,7 @@ from coordinator.lifecycles.definition import Lifecycle, LifecycleDefinition
 from coordinator.lifecycles.entity import (
     MAX_COMMENT,
     Act,
+    Actor,
     AuditEntry,
     Delegation,
     Due,
@@ -55,7 +56,7 @@ def create(
     creation, key = definition.creation, str(getattr(data, definition.key_field))
     if not key.strip():
         raise TransitionRefusedError(f"{definition.key_field} is empty; it is the business key of a {definition.name}")
-    right = _right(creation, data, act, definition.name, None)
+    right = _right(definition, creation, data, act)
     _check_comment(creation, act)
     _check_texts(data.to_data())
     _ask(creation, data)
@@ -104,7 +105,7 @@ def move(definition: LifecycleDefinition, entity: Entity, act: Act) -> Moved:
         )
     transition = _transition(definition, entity, act.transition)
     data = definition.cls.from_data(entity.data)
-    right = _right(transition, data, act, definition.name, entity.escalated_to)
+    right = _right(definition, transition, data, act, entity)
     _check_four_eyes(definition, transition, data, entity, act)
     _check_comment(transition, act)
     data = _edited(definition, transition, data, act)
@@ -148,19 +149,22 @@ def elapse(definition: LifecycleDefinition, entity: Entity, now: datetime) -> Mo
         )
         return Moved(replace(after, remind_at=None, escalate_at=None), entry)
     if entity.escalate_at is not None and entity.escalate_at <= now:
-        after = replace(after, escalate_at=None, escalated_to=state.escalate_to)
         kind, role = Kind.ESCALATED, state.escalate_to
+        to = entity.data.get(role) if role in definition.cls.model_fields else role
+        after = replace(after, escalate_at=None, escalated_to=str(to) if to else None)
     else:
         again = None if state.every is None else now + timedelta(seconds=state.every)
         after = replace(after, remind_at=again, reminders=entity.reminders + 1)
         kind, role = Kind.REMINDED, None
     due = Due(kind, entity.state, entity.entered_at, now, after.reminders, after.escalated_to)
-    comment, event = "", None
+    problems, event = [], None
+    if kind is Kind.ESCALATED and after.escalated_to is None:
+        problems.append(f"{role} names nobody, so it is escalated to nobody")
     try:
         event = _event(state, definition.cls.from_data(entity.data), due)
     except Exception as error:  # noqa: BLE001  # user code; who waits must be found in the audit trail all the same
-        comment = f"its event could not be made: {error!r}"[:MAX_COMMENT]
-    entry = AuditEntry(kind, now, entity.state, entity.state, role=role, comment=comment)
+        problems.append(f"its event could not be made: {error!r}")
+    entry = AuditEntry(kind, now, entity.state, entity.state, role=role, comment="; ".join(problems)[:MAX_COMMENT])
     return Moved(after, entry, event)
 
 
@@ -175,30 +179,42 @@ def _transition(definition: LifecycleDefinition, entity: Entity, name: str) -> T
     return transition
 
 
-def _right(transition: Transition, data: Lifecycle, act: Act, lifecycle: str, escalated_to: str | None) -> _Right:
+def _right(
+    definition: LifecycleDefinition, transition: Transition, data: Lifecycle, act: Act, entity: Entity | None = None
+) -> _Right:
     """Return what allows the act.
 
     Raises:
         NotAllowedError: nothing does.
     """
     roles, by = set(transition.roles), act.by
+    own = set(by.roles)
     if transition.by is not None:
         only = getattr(data, transition.by)
         if only is None or str(only) not in by.persons[-1:]:
             raise NotAllowedError(f"only {transition.by} {only} may {transition.name}, not {by}")
-    elif escalated_to is not None:
+    elif entity is not None and (escalated_to := _escalated_to(definition, entity, by)):
         roles.add(escalated_to)
+        own |= {escalated_to} & definition.cls.model_fields.keys()  # he has this right by his name
     if by.acting_for is None:
-        if own := roles & by.roles:
-            return _Right(min(own))
+        if having := roles & own:
+            return _Right(min(having))
         raise NotAllowedError(f"{by} may not {transition.name}: that takes the role {_either(roles)}")
-    for each in _holding(act, lifecycle):
+    for each in _holding(act, definition.name):
         if each.to_user == by.user and each.from_user == by.acting_for and each.role in roles:
             return _Right(each.role, each.id)
     raise NotAllowedError(
         f"{by.user} may not {transition.name} for {by.acting_for}, who has not delegated the role {_either(roles)} to"
         " him at this time"
     )
+
+
+def _escalated_to(definition: LifecycleDefinition, entity: Entity, by: Actor) -> str | None:
+    """Return the role that an escalation has added; the field's name where it names the very person who decides."""
+    state = definition.deadlines.get(entity.state)
+    if entity.escalated_to is None or state is None or state.escalate_to not in definition.cls.model_fields:
+        return entity.escalated_to
+    return state.escalate_to if by.persons[-1] == entity.escalated_to else None
 
 
 def _check_four_eyes(

@@ -63,7 +63,8 @@ class Deadlines(Hook):
         remind_after: from entering the state to the first reminder,
         every: and from one to the next; None for a single one.
         escalate_after: from entering the state to its escalation.
-        escalate_to: the role that may then take every transition out of the state that is not one person's.
+        escalate_to: the role, or the field that names the person, that may then take every transition out of the state
+            that is not one person's.
     """
 
     def __init__(
@@ -148,7 +149,8 @@ def deadlines(
         remind_after: from entering the state to the first reminder.
         every: from one reminder to the next; by default there is a single one.
         escalate_after: from entering the state to its escalation.
-        escalate_to: the role that may then take every transition out of the state that is not one person's.
+        escalate_to: the role, or the field that names the person, that may then take every transition out of the state
+            that is not one person's.
 
     Raises:
         DefinitionError: the times make no sense.

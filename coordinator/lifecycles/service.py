@@ -208,11 +208,11 @@ class Lifecycles:
         return entity
 
     async def waiting_for(self, by: Actor, limit: int = 50) -> Sequence[Entity]:
-        """Return the entities in whose state the roles of `by` allow something, those that wait longest first.
+        """Return the entities in whose state `by` has a role that allows something, those that wait longest first.
 
         What is each one's own to do, or takes a second pair of eyes, only `act` says.
         """
-        return await self.store.waiting(self.definitions.waiting_for(by.roles), by.roles, limit)
+        return await self.store.waiting(self.definitions.waiting_for(by.roles), (*by.roles, by.user), limit)
 
     async def _act(self, connection: AsyncConnection, transition: str, by: Actor, **about: Any) -> Act:
         delegations = await self.store.delegations_to(connection, by.persons)

@@ -125,12 +125,12 @@ class LifecycleStore:
         return [_entity(row) for row in await self._read(query)]
 
     async def waiting(
-        self, states: Iterable[tuple[str, int, str]], roles: Iterable[str], limit: int = 50
+        self, states: Iterable[tuple[str, int, str]], names: Iterable[str], limit: int = 50
     ) -> Sequence[Entity]:
-        """Return entities in one of the states of a version, or escalated to one of `roles`, longest there first."""
+        """Return entities in one of the states of a version, or escalated to one of `names`, longest there first."""
         c = lifecycle_entity.c
         query = _entities().where(
-            or_(tuple_(c.lifecycle, c.version, c.state).in_(list(states)), c.escalated_to.in_(list(roles)))
+            or_(tuple_(c.lifecycle, c.version, c.state).in_(list(states)), c.escalated_to.in_(list(names)))
         )
         return [_entity(row) for row in await self._read(query.order_by(c.entered_at, c.id).limit(limit))]
 

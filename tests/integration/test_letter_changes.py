@@ -110,6 +110,16 @@ async def test_nothing_is_done_without_saying_who_and_why(sqlite_url: str, by: s
         assert (await letters.get(letter.id)).status == "dead"
 
 
+async def test_what_no_database_keeps_is_written_as_an_escape(stage: Stage) -> None:
+    """A command line may hold any bytes."""
+    [letter] = await dead(stage, undo("1"))
+    letters = letters_of(stage)
+    assert await letters.find(Query(consumer="a\0\udcff")) == []
+    await letters.discard(Query(ids=[letter.id]), by="ada\udcff", why="a\0b")
+    [change] = await letters.changes(letter.id)
+    assert (change.changed_by, change.reason) == ("ada\\udcff", "a\\0b")
+
+
 # Edits
 
 

@@ -15,9 +15,10 @@ from coordinator.reruns import Break, UnclearError, Verdict, rerun
 from coordinator.search import Query
 from events.envelope import Direction, Result
 from events.errors import ConfigurationError
+from events.message import Refused
 from tests.support.engines import Coordinator, World, envelope_of, open_world, reply, wanted
 from tests.support.sagas import BookFlight, BookHotel, CancelHotel, FlightBooked, FlightFull, PayTrip, Trip, TripWanted
-from tests.unit.test_fan_out import Delivery, Labelled
+from tests.unit.test_fan_out import Delivery, Labelled, Pick
 from tests.unit.test_fan_out import Ordered as Parcels
 from tests.unit.test_waits import Ordered, Paid, Prepaid
 
@@ -217,6 +218,18 @@ async def test_events_that_were_waited_for_are_decided_on_again(world: World) ->
     assert (made.same, made.broken, made.unclear) == (1, [], {})
 
 
+async def test_a_turn_that_was_waited_for_is_decided_on_again(world: World) -> None:
+    class Alone(Trip, name="alone", lock="trip"):
+        """One at a time."""
+
+    coordinator = await world.coordinator(Alone)
+    await coordinator.take(wanted("t-1"))
+    recorded = await documents(coordinator)
+    assert [row["kind"] for row in recorded[0]["history"]] == ["started", "granted"]
+    made = verdict(recorded, Alone)
+    assert (made.same, made.broken, made.unclear) == (1, [], {})
+
+
 async def test_items_are_decided_on_again(world: World) -> None:
     coordinator = await world.coordinator(Delivery)
     await coordinator.take(envelope_of(Parcels(order="o-1", parcels=3)))
@@ -226,6 +239,40 @@ async def test_items_are_decided_on_again(world: World) -> None:
         await coordinator.take(reply(saga, f"ship[{number}]", Labelled(label=str(number))))
     assert (await world.instance("o-1")).status is Status.COMPLETED
     made = verdict(await documents(coordinator), Delivery)
+    assert (made.same, made.broken, made.unclear) == (1, [], {})
+
+
+class Insured(Delivery, name="insured"):
+    """Many parcels, and something that may fail after them."""
+
+    @step
+    def insure(self) -> Pick:
+        return Pick(order=self.order)
+
+    flow = sequence(Delivery.flow, insure)
+
+
+class InsuredLater(Insured, name="insured", version=2):
+    @migrates(1)
+    @classmethod
+    def taken_over(cls, old: Insured) -> Self:
+        return cls.from_state(old.to_state())
+
+
+async def test_items_of_a_migrated_saga_are_undone_and_decided_on_again(world: World) -> None:
+    coordinator = await world.coordinator(Insured, retired=[InsuredLater])
+    await coordinator.take(envelope_of(Parcels(order="o-1", parcels=3)))
+    saga = (await world.instance("o-1")).id
+    await coordinator.take(reply(saga, "pick"))
+    for number in range(3):
+        await coordinator.take(reply(saga, f"ship[{number}]", Labelled(label=str(number))))
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
+    assert (await operator.migrate("insured", 2, by="ada", why="a test")).moved == 1
+    await coordinator.take(reply(saga, "insure", Refused(reason="too dear"), Result.DECLINED))
+    while await coordinator.engine.fire_timers():
+        pass
+    assert [each.type for each in await world.sent("call.back")] == ["call.back"] * 2, "two at a time"
+    made = verdict(await documents(coordinator), Insured, InsuredLater)
     assert (made.same, made.broken, made.unclear) == (1, [], {})
 
 

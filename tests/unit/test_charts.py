@@ -7,10 +7,12 @@ from typing import Any, Self
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from coordinator import Backoff, Saga, parallel, sequence, when
 from coordinator.chart_text import text_chart
 from coordinator.charts import mermaid
+from coordinator.cli import cli
 from coordinator.decision import Resolution, Verb
 from coordinator.definition import SagaDefinition
 from coordinator.durations import lasting
@@ -21,6 +23,7 @@ from coordinator.steps import completed, starts_on, step
 from coordinator.testing import SagaRun
 from coordinator.waits import awaits, delay
 from events.message import Event
+from examples.large_order import PlaceOrder
 from tests.support.trips import TripWanted, booking, is_far, run, saga
 from tests.unit.test_fan_out import Delivery, Labelled, Ordered, Pack, Packed, Packing, Tolerant, delivery
 from tests.unit.test_flow import World, flows
@@ -225,6 +228,14 @@ def test_a_sequence_that_is_undone_side_by_side_is_drawn_so() -> None:
     assert "    undo_b -.-> undo_z\n" in chart
     assert "undo_b -.-> undo_a" not in chart
     assert "one after the other, undone side by side\n  a: within" in text_chart(saga(flow).definition)
+
+
+def test_many_branches_after_many_have_no_more_arrows_than_mermaid_draws() -> None:
+    first, second = ([booking(f"{letter}{number}") for number in range(40)] for letter in "ab")
+    chart = mermaid(saga(sequence(parallel(*first), parallel(*second))).definition)
+    assert "    undo_b39 -.-> back_1\n" in chart
+    assert "    back_1 -.-> undo_a39\n" in chart
+    assert sum("->" in each or "-. " in each for each in chart.splitlines()) == 9 * 40 + 1
 
 
 def test_a_step_that_starts_another_saga_names_it() -> None:
@@ -507,7 +518,16 @@ def is_far2(self: Any) -> bool:
     return bool(self.far)
 
 
-# What comes from outside, and what always holds
+# The command line, what comes from outside, and what always holds
+
+
+def test_the_command_draws_the_sagas_of_an_application_in_the_format_that_is_asked_for() -> None:
+    command = ["sagas", "chart", "examples.large_order:app"]
+    chart = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert chart.stdout == mermaid(PlaceOrder.definition)
+    text = CliRunner().invoke(cli, [*command, "place_order", "--format", "ascii"], catch_exceptions=False)
+    assert text.stdout == text_chart(PlaceOrder.definition)
+    assert CliRunner().invoke(cli, [*command, "--format", "svg"]).exit_code == 2
 
 
 @pytest.mark.parametrize("key", ['x"] --> y', "<script>", "a\x1b[31m\nb", "#quot; & `code` \\"])

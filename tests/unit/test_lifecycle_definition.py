@@ -91,6 +91,13 @@ def test_data_is_frozen_and_survives_the_store() -> None:
             "send: 'author' says who it is or who may act, so it cannot be edited",
         ),
         (
+            {
+                "send": transition("draft", to="draft", roles="a", edits="author"),
+                "late": deadlines("draft", escalate_after=1, escalate_to="author"),
+            },
+            "send: 'author' says who it is or who may act, so it cannot be edited",
+        ),
+        (
             {"send": transition("draft", to="sent", roles="a", approvals=2, edits="author")},
             "what several persons vote on cannot be edited",
         ),

@@ -390,6 +390,63 @@ def test_an_escalation_lets_another_role_decide_from_then_on() -> None:
     assert life.act("accept", BOB).entity.state == "out"
 
 
+class Leave(Lifecycle):
+    """A request for leave that the superior of who asks may decide after a day, if nobody of the staff office has."""
+
+    number: str
+    person: str
+    superior: str | None
+
+    @transition(to="open", roles="staff")
+    def ask(self, _: Act) -> None: ...
+
+    @transition("open", to="granted", roles="office", four_eyes="person")
+    def grant(self, _: Act) -> None: ...
+
+    @deadlines("open", escalate_after=24 * HOUR, escalate_to="superior")
+    def overdue(self, due: Due) -> PaperWaits:
+        return PaperWaits(number=self.number, kind=due.kind, reminders=0, escalated_to=due.escalated_to)
+
+
+def leave(superior: str | None = "zoe") -> Life:
+    """A request of Ann's that has waited for a day."""
+    life = Life(Leave(number="1", person="ann", superior=superior)).create(actor("ann", "staff"))
+    with pytest.raises(NotAllowedError, match="that takes the role office"):
+        life.act("grant", actor("zoe"))
+    life.passes(24 * HOUR)
+    return life
+
+
+def test_an_escalation_lets_the_person_whom_a_field_names_decide_and_nobody_else() -> None:
+    life = leave()
+    assert life.last.event == PaperWaits(number="1", kind=Kind.ESCALATED, reminders=0, escalated_to="zoe")
+    for other in (actor("eve"), actor("eve", "superior"), actor("eve", "zoe"), actor("dan", acting_for="zoe")):
+        with pytest.raises(NotAllowedError):
+            life.act("grant", other)
+    life.act("grant", actor("zoe"))
+    assert (life.entity.state, life.last.entry.role) == ("granted", "superior")
+
+
+def test_whom_it_was_escalated_to_delegates_his_right_by_the_name_of_the_field() -> None:
+    life = leave()
+    life.delegations = [delegation("zoe", "dan", "superior"), delegation("eve", "eli", "superior")]
+    with pytest.raises(NotAllowedError):
+        life.act("grant", actor("eli", acting_for="eve"))
+    assert life.act("grant", actor("dan", acting_for="zoe")).entity.state == "granted"
+
+
+def test_four_eyes_hold_for_the_person_whom_it_was_escalated_to() -> None:
+    with pytest.raises(NotAllowedError, match="it takes somebody else than person"):
+        leave(superior="ann").act("grant", actor("ann"))
+
+
+def test_an_escalation_to_nobody_is_in_the_audit_trail() -> None:
+    life = leave(superior=None)
+    assert life.entity.escalated_to is None
+    assert life.last.entry.comment == "superior names nobody, so it is escalated to nobody"
+    assert life.act("grant", actor("bob", "office")).entity.state == "granted"
+
+
 def test_four_eyes_hold_for_whom_it_was_escalated_to() -> None:
     life = in_review()
     life.passes(4 * HOUR)
