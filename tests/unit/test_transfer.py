@@ -295,7 +295,7 @@ def test_an_answer_to_the_old_version_is_taken_by_the_new_one_once() -> None:
     assert run.last.entry.kind == "late_reply"
 
 
-def later(saga: type[Saga], flow: Node, **more: Any) -> type[Saga]:
+def later(saga: type[Saga], flow: Node, lock: str | None = None, **more: Any) -> type[Saga]:
     """The next version of a saga, with the same state and another flow."""
 
     def taken_over(cls: Any, old: Any) -> Any:
@@ -303,7 +303,8 @@ def later(saga: type[Saga], flow: Node, **more: Any) -> type[Saga]:
 
     namespace = {"__module__": __name__, **more, "flow": flow, "taken_over": migrates(1)(taken_over)}
     made: Any = type(Saga)
-    return cast("type[Saga]", made(saga.__name__, (saga,), namespace, name=saga.definition.name, version=2))
+    about = {"name": saga.definition.name, "version": 2, "lock": lock}
+    return cast("type[Saga]", made(saga.__name__, (saga,), namespace, **about))
 
 
 def test_one_that_waits_for_an_event_goes_on_waiting_for_it() -> None:
@@ -311,6 +312,11 @@ def test_one_that_waits_for_an_event_goes_on_waiting_for_it() -> None:
     moved(run, later(Prepaid, sequence(Prepaid.reserve, Prepaid.paid, Prepaid.ship, Prepaid.objection_period)))
     assert run.last.over == ()
     assert run.receives(Paid(order="o", payment="p")).sent == [Ship(order="o", payment="p")]
+
+
+def test_one_does_not_get_a_version_with_a_lock_that_it_does_not_hold() -> None:
+    run = SagaRun(Prepaid, Ordered(order="o"))
+    assert "it does not hold order" in refused(run, later(Prepaid, Prepaid.flow, lock="order"))
 
 
 def test_one_that_waits_for_an_event_stays_where_nobody_would_take_it() -> None:
