@@ -367,8 +367,7 @@ class Engine:
         while True:
             try:
                 await self._store.clock.calibrate_if_old()
-                while await self.fire_timers() == _TIMER_BATCH:
-                    pass
+                await self._fire_all()
                 if self._sagas.with_lock and (self._mend_lines or self._clock.monotonic() >= mend_at):
                     self._mend_lines, mend_at = False, self._clock.monotonic() + _MEND_EVERY
                     while await self.mend_lines() == _LINES:
@@ -385,12 +384,24 @@ class Engine:
             await self._due_now.wait()
             self._due_now.clear()
             try:
-                while await self.fire_timers() == _TIMER_BATCH:
-                    pass
+                await self._fire_all()
             except Exception as error:
                 if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
                     raise
                 logger.warning("the next look does it: %s", error, extra={"action": "engine.database_away"})
+
+    async def _fire_all(self) -> None:
+        """Decide on all instances that are due, a batch at a time, and leave messages at least as much room.
+
+        A hundred thousand may be due in the same second: what they cause would pile up in the outbox, and the answers
+        to what was asked before would wait until all of them are through.
+        """
+        begun = self._clock.monotonic()
+        while await self.fire_timers() == _TIMER_BATCH:
+            await self._bus.until_writable()
+            if (taken := self._clock.monotonic() - begun) > 0:
+                await self._clock.sleep(taken)
+            begun = self._clock.monotonic()
 
     async def fire_timers(self, most: int = _TIMER_BATCH) -> int:
         """Decide on instances whose deadline has passed, `most` of them at most; return how many there were."""

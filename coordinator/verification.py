@@ -19,7 +19,7 @@ from coordinator.chain import COLUMNS, digest
 from coordinator.invariants import Finding, Retold, check_saga, overtaken
 from coordinator.store import Store
 from coordinator.tables import saga_history, saga_instance
-from coordinator.verification_queries import Page, bare, broken, ended_in_vain, repeated, unusual
+from coordinator.verification_queries import Page, bare, broken, ended_in_vain, out_of_line, repeated, unusual
 from events.bulk import Lookup
 from events.clock import Clock
 from events.sqlite import READ_ONLY
@@ -91,6 +91,7 @@ class Verification:
         for query, invariant, detail in (
             (repeated(page), "I2", "{step} has succeeded {times} times"),
             (ended_in_vain(page), "I1", "it is {status}, and an answer is outstanding"),
+            (out_of_line(page), "I1", "it is {status}, which is not its turn in the line for its business key"),
             (bare(page), "I13", "it has no history"),
         ):
             rows = (await connection.execute(query)).mappings()

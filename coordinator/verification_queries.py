@@ -30,7 +30,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from coordinator.chain import COLUMNS, GENESIS
 from coordinator.instance import Status, StepStatus
 from coordinator.invariants import FOLLOWS, WAKING
-from coordinator.tables import saga_history, saga_instance
+from coordinator.tables import saga_history, saga_instance, saga_lock
 from events.tables import JsonText, Timestamp
 
 _PLAIN = ("started", "reply")
@@ -117,6 +117,18 @@ def repeated(page: Page) -> Select[Any]:
         .where(columns.result == "succeeded")
         .group_by(columns.saga_id, columns.step)
         .having(func.count() > 1)
+    )
+
+
+def out_of_line(page: Page) -> Select[Any]:
+    """Ask for instances that have begun although another one holds their business key, or that wait in no line."""
+    mine, earlier, instance = saga_lock, saga_lock.alias(), saga_instance.c
+    is_behind = select(earlier.c.position).where(earlier.c.key == mine.c.key, earlier.c.position < mine.c.position)
+    waits = instance.status == Status.WAITING.value
+    return (
+        select(instance.id.label("saga_id"), instance.status)
+        .select_from(saga_instance.outerjoin(saga_lock, mine.c.saga_id == instance.id))
+        .where(page.of_instances, or_(and_(waits, mine.c.key.is_(None)), and_(~waits, is_behind.exists())))
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any, Self
+from uuid import UUID
 
 import pytest
 
@@ -12,6 +13,7 @@ from coordinator import Query, Saga, Status, Verb, sequence, starts_on, step
 from coordinator.lines import Lines, Place
 from coordinator.operator import Operator
 from coordinator.tables import saga_lock
+from coordinator.verification import Verification
 from events import Command, Event
 from events.database import transaction
 from events.envelope import Direction, Envelope, Result
@@ -271,6 +273,26 @@ async def test_a_start_that_does_not_know_its_key_is_a_dead_letter(world: World,
     await coordinator.take(pay("p-1", ""), pay("p-2"))
     assert list((await world.dead()).values()) == ["failed"]
     assert await statuses(world, "p-2") == ["running"]
+
+
+async def test_a_check_of_the_database_knows_lines(world: World, coordinator: Coordinator) -> None:
+    await coordinator.take(pay("p-1"), pay("p-2"), pay("p-3"), pay("p-4"))
+    await finish(world, coordinator, "p-1")
+    await operator_of(coordinator).act("p-3", Verb.CANCEL, **ABOUT)
+
+    async def wrong() -> list[tuple[UUID, str]]:
+        found = Verification(world.engine, coordinator.clock).findings()
+        return [(each.saga_id, each.detail) async for each in found]
+
+    assert await wrong() == []
+    saga = (await world.instance("p-4")).id
+    async with transaction(world.engine) as connection:
+        await connection.execute(saga_lock.delete().where(saga_lock.c.saga_id == saga))
+    assert await wrong() == [(saga, "it is waiting, which is not its turn in the line for its business key")]
+    running = (await world.instance("p-2")).id
+    async with transaction(world.engine) as connection:
+        await connection.execute(saga_lock.insert().values(position=1, key="account=a-1", saga_id=saga))
+    assert await wrong() == [(running, "it is running, which is not its turn in the line for its business key")]
 
 
 async def test_a_line_that_nobody_moves_is_mended(world: World, coordinator: Coordinator) -> None:

@@ -14,6 +14,7 @@ from coordinator.bulk_acts import BulkAct, Outcome
 from coordinator.operator import Operator
 from coordinator.timers import find_timers
 from events.errors import ConfigurationError
+from events.failpoints import armed
 from tests.integration.test_engine import Odd, Stubborn
 from tests.support.engines import Coordinator, World, reply, wanted
 from tests.support.flows import open_store
@@ -231,3 +232,22 @@ async def test_a_cancelled_deadline_never_fires(world: World, coordinator: Coord
     assert await coordinator.engine.fire_timers() == 0
     with pytest.raises(NotPossibleError, match="it has no deadline that could be cancelled"):
         await operator.act("t-000", Verb.CANCEL_DEADLINE, **ABOUT, step="hotel")
+
+
+async def test_a_storm_of_deadlines_leaves_messages_as_much_time_as_it_takes(
+    world: World, coordinator: Coordinator
+) -> None:
+    await coordinator.take(*(wanted(f"t-{number:03}") for number in range(250)))
+    coordinator.clock.advance(10)
+
+    async def takes_a_while() -> None:
+        coordinator.clock.advance(0.25)
+
+    with armed("engine.timers_committed", takes_a_while):
+        firing = asyncio.create_task(coordinator.engine._fire_all())
+        await coordinator.clock.asleep(0.25)
+    await coordinator.take(wanted("t-250"))
+    assert len(await world.sent("cancel.hotel")) == 200
+    coordinator.clock.advance(0.25)
+    await firing
+    assert len(await world.sent("cancel.hotel")) == 250
