@@ -299,6 +299,10 @@ class Batch:
         waiting = self._facts.standing.get(correlation.id, [])
         if correlation.key is not None and not waiting:
             named = self._facts.by_key.get((correlation.saga, correlation.key))
+            if (over := self.current.get(named) if named else None) and over.status is Status.ARCHIVED:
+                about = (envelope.type, envelope.id, over.saga, over.key)
+                self._note("%s %s is for %s %s, which is archived", *about, action="saga.archived_event")
+                return True
             waiting = [] if named is None else [(named, correlation.wait.name)]
         here = [each for each in waiting if self._has_version(each[0])]
         concerned = [each for each in here if self._happen(item, envelope, event, *each)]
@@ -366,8 +370,8 @@ class Batch:
         origin = Origin(link.saga_id, link.step, link.attempt, envelope.reply_to)
         identity, now = child_id(link.saga_id, link.step), self._ports.now()
         instance = self._known(identity)
-        if instance is not None and (key := (instance.saga, instance.version)) not in self._sagas.by_version:
-            self._hold(item, part, key)
+        if instance is not None and not self._sagas.has_version(instance):
+            self._hold(item, part, (instance.saga, instance.version))
         elif instance is not None:
             given = (
                 Asked(origin, envelope.id, now)
@@ -429,8 +433,8 @@ class Batch:
         instance = self.current.get(saga.saga_id)
         if instance is None:
             raise UnknownSagaError(f"there is no saga instance {saga.saga_id}")
-        if (key := (instance.saga, instance.version)) not in self._sagas.by_version:
-            self._hold(item, part, key)
+        if not self._sagas.has_version(instance):
+            self._hold(item, part, (instance.saga, instance.version))
             return
         envelope, definition = part.envelope, self._sagas.of(instance)
         outcome = self._outcome(definition, saga, envelope)

@@ -22,7 +22,7 @@ from coordinator.charts import mermaid
 from coordinator.dead_letter_commands import dead_letters
 from coordinator.handler_commands import handlers
 from coordinator.health import serving_health
-from coordinator.history_commands import verify
+from coordinator.history_commands import archive, verify
 from coordinator.instance import Instance
 from coordinator.lifecycle_commands import lifecycles
 from coordinator.lines import Lines
@@ -262,6 +262,7 @@ def chart_saga(
 
 saga_commands.add_to(sagas)
 cli.command()(verify)
+sagas.command("archive")(archive)
 sagas.command("versions")(version_commands.list_versions)
 sagas.command("forget-version")(version_commands.forget_version)
 sagas.command("migrate")(version_commands.migrate_sagas)

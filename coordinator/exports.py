@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from coordinator.migrator import UNFINISHED
+from coordinator.instance import UNFINISHED
 from coordinator.search import Query
 from coordinator.store import Store
 from coordinator.views import document_of

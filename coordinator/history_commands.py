@@ -1,21 +1,30 @@
-"""`coordinator verify`: checks histories and what must hold of every saga."""
+"""`coordinator verify` and `coordinator sagas archive`: histories are checked, and taken out of the database."""
 
+import re
 import sys
 from collections import Counter
-from datetime import UTC, datetime
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from coordinator import process
-from coordinator.history_views import print_checked, print_finding
-from coordinator.node import open_reading
+from coordinator.archive import Archive, ArchiveFile
+from coordinator.history_views import print_archived, print_checked, print_finding, print_planned
+from coordinator.node import open_reading, open_schema
 from coordinator.settings import load_settings
 from coordinator.verification import Verification
 from events.clock import SystemClock
+from events.errors import ConfigurationError
+from events.storeclock import StoreClock
 
 out = Console()
+
+_SPANS = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+_span = re.compile(r"(\d{1,9})([dhms])")
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
@@ -43,3 +52,49 @@ def verify(
 
     if not process.run(work()):
         sys.exit(1)
+
+
+def archive(
+    finished_before: Annotated[
+        str, typer.Option(metavar="AGE", help="sagas that ended so long ago: 30d, 12h; longer than any message waits")
+    ],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl.gz", help="where they are written; what is there stays")
+    ] = None,
+    discard: Annotated[bool, typer.Option("--discard", help="keep nothing of them instead")] = False,
+    keys_kept: Annotated[
+        str, typer.Option(metavar="AGE", help="for how long after its end a start with the same key is a duplicate")
+    ] = "365d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say how many there are, and change nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write sagas that have ended to a file, and delete them. May be stopped at any time, and run again."""
+    before, keys = _age(finished_before), _age(keys_kept)
+    if not dry_run and (to is None) is not discard:
+        raise ConfigurationError("say where they are written: --to FILE.jsonl.gz; or --discard to keep nothing")
+    settings = load_settings()
+    process.log_to_stderr("WARNING", settings.log_format)
+
+    async def work() -> None:
+        opened = open_reading if dry_run else open_schema
+        async with opened(settings) as engine:
+            clock = StoreClock(engine, SystemClock())
+            await clock.calibrate()
+            now = clock.now()
+            archiving = Archive(engine, SystemClock(), before=now - before, keys_before=now - keys)
+            if dry_run:
+                print_planned(out, *await archiving.count(), as_json=as_json)
+                return
+            with ArchiveFile(to) if to else nullcontext() as file:
+                async for _ in archiving.run(file):
+                    pass
+            print_archived(out, archiving.done, as_json=as_json)
+
+    process.run(work())
+
+
+def _age(given: str) -> timedelta:
+    found = _span.fullmatch(given)
+    if found is None:
+        raise ConfigurationError(f"an age is a number and d, h, m or s: 30d, not {given!r}")
+    return timedelta(**{_SPANS[found[2]]: int(found[1])})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
+from coordinator.archive import Archived
 from coordinator.invariants import Finding
 from coordinator.verification import Checked
 from coordinator.views import plain, print_json
@@ -29,4 +30,22 @@ def print_checked(console: Console, checked: Checked, counts: Mapping[str, int],
         f"{checked.sagas} sagas with {checked.transitions} transitions, {checked.retold} of them retold: "
         + (f"{sum(counts.values())} findings, {named}" if counts else "all holds"),
         highlight=False,
+    )
+
+
+def print_planned(console: Console, sagas: int, keys: int, *, as_json: bool) -> None:
+    """Print what would be archived."""
+    if as_json:
+        print_json(console, {"sagas": sagas, "keys": keys})
+        return
+    console.print(f"{sagas} sagas would be archived, some may have to stay; {keys} keys would be free", highlight=False)
+
+
+def print_archived(console: Console, done: Archived, *, as_json: bool) -> None:
+    """Print what was archived."""
+    if as_json:
+        print_json(console, {"sagas": done.sagas, "held": done.held, "keys": done.forgotten})
+        return
+    console.print(
+        f"{done.sagas} sagas are archived, {done.held} stay for others; {done.forgotten} keys are free", highlight=False
     )

@@ -18,6 +18,7 @@ class Status(StrEnum):
     COMPLETED = "completed"
     COMPENSATED = "compensated"
     NEEDS_ATTENTION = "needs_attention"
+    ARCHIVED = "archived"  # only its key is left here
 
     @property
     def in_flight(self) -> bool:
@@ -27,7 +28,10 @@ class Status(StrEnum):
     @property
     def ended(self) -> bool:
         """Whether nothing is left to be done, by nobody."""
-        return self in (Status.COMPLETED, Status.COMPENSATED)
+        return self in (Status.COMPLETED, Status.COMPENSATED, Status.ARCHIVED)
+
+
+UNFINISHED = tuple(status for status in Status if not status.ended)
 
 
 class StepStatus(StrEnum):

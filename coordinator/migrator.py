@@ -6,7 +6,7 @@ from uuid import UUID
 
 from coordinator.definition import SagaDefinition
 from coordinator.engine import Engine
-from coordinator.instance import Instance, Status
+from coordinator.instance import UNFINISHED, Instance
 from coordinator.sagas import Sagas, UnknownSagaError
 from coordinator.search import Query
 from coordinator.store import Store
@@ -15,7 +15,6 @@ from events.database import is_transient
 from events.errors import ConfigurationError
 from events.service import is_cancelled
 
-UNFINISHED = tuple(status for status in Status if status not in (Status.COMPLETED, Status.COMPENSATED))
 _BATCH = 200
 
 Reasons = dict[UUID, str]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from coordinator.definition import SagaDefinition
-from coordinator.instance import Instance
+from coordinator.instance import Instance, Status
 from coordinator.steps import Start
 from events.bus import Address, Exchange, Queue
 from events.dead_letters import COORDINATOR
@@ -25,6 +25,12 @@ class UnknownSagaError(RejectedError):
     """No saga instance or definition here has this name; deploy its code or restore its row, then replay."""
 
     code = "unknown_saga"
+
+
+class ArchivedSagaError(RejectedError):
+    """This saga has ended long ago, and was archived: see by hand whether it matters what the message says."""
+
+    code = "archived"
 
 
 class Sagas:
@@ -89,14 +95,21 @@ class Sagas:
         """Return the definition that `instance` was started with.
 
         Raises:
+            ArchivedSagaError: it is over for good.
             UnknownSagaError: it is not part of this application.
         """
+        if instance.status is Status.ARCHIVED:
+            raise ArchivedSagaError
         definition = self.by_version.get((instance.saga, instance.version))
         if definition is None:
             raise UnknownSagaError(
                 f"the saga {instance.saga} version {instance.version} is not part of this application"
             )
         return definition
+
+    def has_version(self, instance: Instance) -> bool:
+        """Say whether somebody else must decide on `instance`: nobody has to on an archived one."""
+        return instance.status is Status.ARCHIVED or (instance.saga, instance.version) in self.by_version
 
     def _add_start(self, definition: SagaDefinition, start: Start) -> None:
         self.registry.add(start.event)

@@ -42,7 +42,7 @@ def transfer(
     migration = new.migrations.get(old.version)
     if migration is None:
         raise NotTransferableError(f"version {new.version} has no method with @migrates(from_={old.version})")
-    if instance.status in (Status.COMPLETED, Status.COMPENSATED):
+    if instance.status.ended:
         raise NotTransferableError("it has ended")
     saga = _made(migration, old, new, instance)
     steps = _Position(old, new, migration, instance).steps()

@@ -34,7 +34,7 @@ from coordinator.tables import saga_history, saga_instance, saga_lock
 from events.tables import JsonText, Timestamp
 
 _PLAIN = ("started", "reply")
-_ENDED = (Status.COMPLETED.value, Status.COMPENSATED.value)
+_ENDED = tuple(each.value for each in Status if each.ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ class Page:
     @property
     def of_instances(self) -> ColumnElement[bool]:
         moved = [saga_instance.c.updated_at >= self.since] if self.since is not None else []
-        return and_(True, *self._among(saga_instance.c.id), *moved)
+        kept = saga_instance.c.status != Status.ARCHIVED.value  # of the others there is nothing to be checked
+        return and_(kept, *self._among(saga_instance.c.id), *moved)
 
     @property
     def of_history(self) -> ColumnElement[bool]:

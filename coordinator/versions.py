@@ -16,7 +16,7 @@ from events.bulk import Bulk
 from events.database import reader, transaction
 from events.errors import ConfigurationError
 
-_ENDED = (Status.COMPLETED.value, Status.COMPENSATED.value)
+_ENDED = tuple(each.value for each in Status if each.ended)
 _insert = Bulk(saga_version, "saga", "version", "fingerprint", "structure", "first_seen")
 
 Key = tuple[str, int]

@@ -22,6 +22,7 @@ COLOURS = {
     Status.COMPENSATING: "yellow",
     Status.COMPLETED: "green",
     Status.COMPENSATED: "magenta",
+    Status.ARCHIVED: "dim",
     Status.NEEDS_ATTENTION: "red",
 }
 
@@ -184,8 +185,12 @@ def _status(status: Status) -> Text:
 
 def document_of(instance: Instance, history: Sequence[Row[Any]]) -> dict[str, Any]:
     """Return an instance with its history as plain JSON data."""
-    rows = [{name: _plain_value(value) for name, value in row._mapping.items()} for row in history]  # noqa: SLF001
-    return {**_document(instance), "history": rows}
+    return {**_document(instance), "history": plain_rows(history)}
+
+
+def plain_rows(rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
+    """Return rows as plain JSON data."""
+    return [{name: _plain_value(value) for name, value in row._mapping.items()} for row in rows]  # noqa: SLF001
 
 
 def _document(instance: Instance) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class _Board:
         self.progress.update(self._ended, completed=_ended(counts))
         for status, row in self._rows.items():
             number = sum(each for (_, at), each in counts.items() if at is status)
-            visible = number > 0 or status is not Status.NEEDS_ATTENTION
+            visible = number > 0 or status not in (Status.NEEDS_ATTENTION, Status.ARCHIVED)
             self.progress.update(row, completed=number, visible=visible)
 
 

@@ -110,7 +110,7 @@ async def test_instances_are_counted_for_each_version(engine: AsyncEngine) -> No
     await add_instance(engine, "other", 3, Status.COMPENSATING)
     assert await versions.count() == [
         VersionCount("other", 3, None, in_flight=1),
-        VersionCount("trip", 1, START, in_flight=4, stuck=1, ended=2),
+        VersionCount("trip", 1, START, in_flight=4, stuck=1, ended=3),
         VersionCount("trip", 2, START),
     ]
     assert await versions.in_flight() == {("other", 3), ("trip", 1)}

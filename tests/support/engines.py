@@ -149,9 +149,13 @@ class World:
         left = [each for each in found if "nobody has acted" not in each.detail and each.saga_id not in self._tampered]
         assert left == []
 
+    def tamper(self, saga_id: UUID) -> None:
+        """Take note that a saga is not what any coordinator has written."""
+        self._tampered.add(saga_id)
+
     async def set_state(self, key: str, state: dict[str, Any]) -> None:
         """Write a state that no version of the saga has written."""
-        self._tampered.add((await self.instance(key)).id)
+        self.tamper((await self.instance(key)).id)
         async with transaction(self.engine) as connection:
             await connection.execute(saga_instance.update().where(saga_instance.c.key == key).values(state=state))
 
