@@ -99,7 +99,7 @@ def _is_open_to(draft: Draft, name: str, at: StepState, resolution: Resolution) 
             return at.status is StepStatus.RUNNING
         case Resolution.UNDONE:
             turned = draft.status in (Status.COMPENSATING, Status.NEEDS_ATTENTION) and not stuck
-            return turned and (back or at.status is StepStatus.SUCCEEDED)
+            return turned and (back or (at.status is StepStatus.SUCCEEDED and draft.turned_back))
 
 
 def _advice(given: Acted) -> str:
@@ -158,7 +158,7 @@ def _retry(draft: Draft, step: Step, name: str, at: StepState) -> None:
             send(draft, step, name, Direction.DO, at.attempt, at.sends + 1)
         case StepStatus.UNDOING if at.fan is None:
             send(draft, step, name, Direction.UNDO, at.undo_attempt, at.sends + 1)
-        case StepStatus.RETRYING:
+        case StepStatus.RETRYING if draft.goes_on(name):
             try_anew(draft, step, name)
         case StepStatus.UNDO_RETRYING:
             undo(draft, step, name)

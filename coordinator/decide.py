@@ -32,6 +32,14 @@ from coordinator.walk import walk
 from events.envelope import Direction, Result
 from events.message import Failed, Message
 
+_GIVEN_UP = (
+    StepStatus.UNKNOWN,
+    StepStatus.UNDOING,
+    StepStatus.UNDO_RETRYING,
+    StepStatus.UNDONE,
+    StepStatus.UNDO_FAILED,
+)
+
 
 def decide(definition: SagaDefinition, instance: Instance | None, given: Input) -> Decision | None:
     """Return what follows from `given`, None if nothing does.
@@ -217,7 +225,7 @@ def _is_recovered(at: StepState, given: Replied) -> bool:
 
 def _is_late_effect(at: StepState, given: Replied) -> bool:
     """Say whether a step has, or may have, happened since it was given up on, and nobody has said so before."""
-    given_up = at.status in (StepStatus.UNKNOWN, StepStatus.UNDOING, StepStatus.UNDONE, StepStatus.UNDO_FAILED)
+    given_up = at.status in _GIVEN_UP
     given_up = given_up or (at.status is StepStatus.DECLINED and at.answer is not None)  # a person said so, and may err
     if given.direction is not Direction.DO or given.attempt != at.attempt or not given_up:
         return False
@@ -254,8 +262,8 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
         return
     if draft.turned_back:
         draft.status = Status.COMPENSATING
-    elif branch is not None:
-        draft.set(branch.name, status=StepStatus.UNDOING)
+    else:  # a branch alone, or an item
+        draft.reopen_branches(name)
         draft.status = Status.RUNNING
     if undoing or not (draft.turned_back or branch):
         undo(draft, step, name)
@@ -298,6 +306,8 @@ def _resolve(draft: Draft, given: Acted) -> Decision:
         draft.settle(name, StepStatus.DECLINED)
     if said.result is Result.DECLINED:  # a handler does not say so and succeed later; who looks from outside may err
         draft.set(name, answer=Result.DECLINED)
+    elif said.result is Result.FAILED:
+        draft.set(name, answer=None)  # its handler may still say so: that is news
     draft.recount(name)
     if was is StepStatus.UNDO_FAILED:
         draft.reopen(name)
@@ -330,8 +340,10 @@ def _overdue(draft: Draft, step: Step, name: str) -> None:
             send(draft, step, name, Direction.DO, at.attempt, at.sends + 1)
         else:
             _not_known(draft, step, name, f"{name} gave no answer in time")
-    elif at.status is StepStatus.RETRYING:
+    elif at.status is StepStatus.RETRYING and draft.goes_on(name):
         try_anew(draft, step, name)
+    elif at.status is StepStatus.RETRYING:
+        draft.settle(name, StepStatus.UNKNOWN)
     elif at.status is StepStatus.UNDO_RETRYING:
         undo(draft, step, name)
     elif at.status is StepStatus.UNDOING:
@@ -402,7 +414,7 @@ def _recall(draft: Draft, given: Recalled) -> Decision | None:
     if draft.is_past_pivot:
         message = Failed(code="past_pivot", reason=f"{draft.definition.name} has no way back any more", attempts=1)
         draft.answer(Direction.UNDO, Result.FAILED, message)
-    elif draft.status in (Status.RUNNING, Status.COMPLETED):
+    elif not draft.turned_back:
         draft.turn_back("its parent has turned back")
         walk(draft)
     else:

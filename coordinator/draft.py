@@ -9,10 +9,10 @@ from pydantic_core import from_json, to_json
 
 from coordinator.decision import Announcement, Answer, Decision, HistoryEntry, Request, Standing
 from coordinator.definition import Branch, Saga, SagaDefinition
-from coordinator.flow import Each, Node, nodes
+from coordinator.flow import Each, Leaf, Node, nodes
 from coordinator.instance import Fan, Instance, Status, StepState, StepStatus, item_name, step_and_item
 from coordinator.steps import Hook
-from coordinator.waits import Delay, Wait
+from coordinator.waits import Wait
 from events.derive import derive_id
 from events.envelope import Direction, Result
 from events.message import Message, Refused, Succeeded
@@ -41,6 +41,7 @@ class Draft:
         self.announcements: list[Announcement] = []
         self.answers: list[Answer] = []
         self.waits: list[Standing] = []
+        self.failed_items: list[str] = []  # which the others go on without
         self._counted = {name: at.status for name, at in instance.steps.items()}
         self._touched: set[str] = set()
 
@@ -74,7 +75,8 @@ class Draft:
     @property
     def is_pending(self) -> bool:
         """Whether an answer, an event or a time is awaited anywhere."""
-        return any(at.status.pending for name, at in self.steps.items() if name in self.definition.by_name)
+        own = (at for name, at in self.steps.items() if name in self.definition.by_name)
+        return any((at.fan.pending or at.due_at) if at.fan else at.status.pending for at in own)
 
     @property
     def has_stuck(self) -> bool:
@@ -97,8 +99,10 @@ class Draft:
         for branch in reversed(self.definition.around(part) if part else ()):
             if self.steps[branch.name].status is not StepStatus.RUNNING:
                 return  # it is undone already
-            self.turn_branch_back(branch)
-            if self._others_are_enough(branch):
+            enough = self._others_are_enough(branch)
+            if enough or not self.is_past_pivot:  # else it is needed, and somebody has to help it on
+                self.turn_branch_back(branch)
+            if enough:
                 return
         self.explain(reason)
         if self.is_past_pivot:
@@ -114,6 +118,8 @@ class Draft:
         node = self.definition.by_name[step]
         if number is None or not isinstance(node, Each) or not node.collect or not self.goes_on(step):
             self.turn_back(reason, name)
+        else:
+            self.failed_items.append(name)
 
     def goes_on(self, part: str) -> bool:
         """Whether the saga, with the branches around `part`, goes on."""
@@ -137,21 +143,29 @@ class Draft:
 
     def reopen(self, name: str) -> None:
         """Go on undoing where `name` could not be undone: the whole saga, or the branch that it is in."""
-        if (branch := self.branch_turned_back(name)) is not None and not self.turned_back:
-            self.set(branch.name, status=StepStatus.UNDOING)
+        if not self.turned_back:
+            self.reopen_branches(name)
         self.resume()
 
+    def reopen_branches(self, name: str) -> None:
+        """Let branches around `name` that are undone be undone once more."""
+        for branch in self.definition.around(name):
+            if self.steps[branch.name].status is StepStatus.UNDONE:
+                self.set(branch.name, status=StepStatus.UNDOING)
+
     def _others_are_enough(self, branch: Branch) -> bool:
-        states = [self.steps.get(each.name) for each in self.definition.branches[branch.parallel]]
+        others = [each for each in self.definition.branches[branch.parallel] if each is not branch]
+        states = [self.steps.get(each.name) for each in others]
         left = [at for at in states if at is None or at.status in (StepStatus.RUNNING, StepStatus.SUCCEEDED)]
         return len(left) >= branch.parallel.needed
 
     def _call_off(self, node: Node) -> None:
-        """Wait no more in `node`; what goes back waits for nothing but its compensations."""
-        waits = (part.name for part in nodes(node) if isinstance(part, Wait | Delay) and part.name in self.steps)
-        for name in waits:
+        """Wait no more in `node`; what goes back waits for nothing but its compensations, and tries nothing anew."""
+        for name in (part.name for part in nodes(node) if isinstance(part, Leaf) and part.name in self.steps):
             if self.steps[name].status is StepStatus.WAITING:
                 self.settle(name, StepStatus.CALLED_OFF)
+            elif self.steps[name].status is StepStatus.RETRYING:
+                self.settle(name, StepStatus.UNKNOWN)
 
     @property
     def is_stuck(self) -> bool:
@@ -194,15 +208,28 @@ class Draft:
             self._touched.discard(name)
             at, before = self.steps[name], self._counted.get(name, StepStatus.LISTED)
             failed = (StepStatus.DECLINED, StepStatus.UNKNOWN)
+            no_more = before in failed and (at.status is StepStatus.SUCCEEDED or not each.collect)
             fan = replace(
                 fan,
                 pending=fan.pending + at.status.pending - before.pending,
-                failed=fan.failed + (at.status in failed and before.pending),
+                failed=fan.failed + (at.status in failed and before.pending) - no_more,
                 stuck=fan.stuck + (at.status is StepStatus.UNDO_FAILED) - (before is StepStatus.UNDO_FAILED),
             )
             self._counted[name] = at.status
         self.set(each.name, fan=fan)
         return fan
+
+    def _count(self) -> None:
+        """Count the items whose step the walk did not come to; those that are to be undone are looked at again."""
+        for name in [name for name, at in self.steps.items() if self.before.steps.get(name) != at]:
+            step, number = step_and_item(name)
+            node = self.definition.by_name.get(step)
+            if number is None or not isinstance(node, Each):
+                continue
+            fan = self.count_items(node)
+            is_late = fan.unseen is not None and number >= fan.unseen and self.steps[name].status.to_undo
+            if is_late and node.step.undo is not None:
+                self.set(step, fan=replace(fan, unseen=number + 1))
 
     def items_of(self, each: Each) -> list[tuple[str, StepState]]:
         """Return the items of a step that are loaded and begun, the first ones first."""
@@ -244,6 +271,7 @@ class Draft:
         return event if isinstance(event, Message) else Succeeded()
 
     def finish(self, kind: str, **about: Any) -> Decision:
+        self._count()
         before, state = self.before, self.state
         change: dict[str, Any] = {}
         found, stored = self.found, before.state  # a class may have got a field since, which is stored from now on

@@ -25,9 +25,9 @@ def fan_out(draft: Draft, node: Each) -> bool:
         draft.set(node.name, status=StepStatus.RUNNING)  # one that was over is being undone
     if draft.steps[node.name].status is not StepStatus.RUNNING:
         return draft.steps[node.name].status.done
-    if node.collect:
-        _undo(draft, node, (name for name, at in draft.items_of(node) if at.status is StepStatus.UNKNOWN))
-        fan = draft.count_items(node)
+    if fan.failed and not node.collect:  # there is no way back, and it is in the way
+        draft.set(node.name, due_at=None)
+        return False
     for name in draft.next_items(node, fan.begun, node.limit - fan.pending):
         draft.set(name, status=StepStatus.RUNNING)
         draft.set(node.name, fan=replace(draft.count_items(node), begun=(step_and_item(name)[1] or 0) + 1))
@@ -41,6 +41,16 @@ def fan_out(draft: Draft, node: Each) -> bool:
         wants_more = fan.begun < fan.total and fan.pending < node.limit
         draft.set(node.name, due_at=draft.now if wants_more else None)
     return draft.steps[node.name].status.done
+
+
+def undo_failed(draft: Draft) -> None:
+    """Undo the items that have failed, and that the others go on without, where nobody knows whether they were done."""
+    for name in draft.failed_items:
+        draft.recount(name)
+        step = draft.definition.step_of(name)
+        if step is not None and step.undo is not None and draft.steps[name].status.to_undo and draft.goes_on(name):
+            undo(draft, step, name)
+    draft.failed_items.clear()
 
 
 def fan_in(draft: Draft, node: Each) -> bool:

@@ -93,7 +93,7 @@ class Fan:
         total: how many items there are.
         begun: how many were begun; they begin in order.
         pending: how many of them are under way, forth or back.
-        failed: how many have failed, where the others go on.
+        failed: how many have failed: where the others go on, whether they were undone or not.
         unseen: when undoing, how many of those that were begun were not looked at yet; they are, from the last one on.
         stuck: how many could not be undone.
     """

@@ -93,18 +93,18 @@ def fans_of(definition: SagaDefinition, instance: Instance) -> list[Each]:
     return [node for node in named if isinstance(node, Each)]
 
 
-def next_items(instance: Instance, node: Each, answers: int, *, on_time: bool) -> range:
+def next_items(instance: Instance, node: Each, answers: int, *, on_time: bool, look: int = LOOK) -> range:
     """Return the numbers of the items that come next, after as many answers, or also when deadlines have passed."""
     at = instance.steps[node.name]
     fan = at.fan
     if fan is None or not instance.status.in_flight:
         return range(0)
-    room = node.limit - fan.pending + answers + (LOOK if on_time and fan.pending else 0)
+    room = node.limit - fan.pending + answers + (look if on_time and fan.pending else 0)
     if at.status is StepStatus.RUNNING and room > 0:
         return range(fan.begun, min(fan.total, fan.begun + room))
     if at.status is StepStatus.UNDOING and room > 0:
         unseen = fan.begun if fan.unseen is None else fan.unseen
-        return range(max(0, unseen - max(room, LOOK)), unseen)
+        return range(max(0, unseen - max(room, look)), unseen)
     return range(0)
 
 

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from coordinator.decision import Announcement, Standing
 from coordinator.draft import MAX_REASON, Draft
-from coordinator.fan import fan_in, fan_out
+from coordinator.fan import fan_in, fan_out, undo_failed
 from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, Stragglers, When, nodes
 from coordinator.instance import Status, StepState, StepStatus
 from coordinator.requests import send, undo
@@ -14,9 +14,12 @@ from events.derive import derive_id
 from events.envelope import Direction
 from events.message import Event
 
+_TURNED = (StepStatus.UNDOING, StepStatus.UNDONE)
+
 
 def walk(draft: Draft) -> None:
     """Send what comes next in the saga's direction, or end it: one walk for both ways."""
+    undo_failed(draft)
     while draft.status.in_flight:
         direction = draft.status
         over = _advance(draft, draft.definition.flow, None) if direction is Status.RUNNING else _retreat(draft)
@@ -33,7 +36,7 @@ def walk(draft: Draft) -> None:
 
 def _advance(draft: Draft, node: Node, branch: str | None) -> bool:
     """Begin what can be begun of `node`; say whether the flow goes on after it."""
-    if draft.status is not Status.RUNNING or (branch and draft.steps[branch].status is not StepStatus.RUNNING):
+    if draft.status is not Status.RUNNING or (branch and draft.steps[branch].status in _TURNED):
         return False
     match node:
         case Sequence(parts):
@@ -62,8 +65,8 @@ def _advance_enough(draft: Draft, node: Parallel) -> bool:
     branches = draft.definition.branches[node]
     for branch in branches:
         draft.steps.setdefault(branch.name, StepState(StepStatus.RUNNING))
-    for branch in branches:
-        if draft.steps[branch.name].status is StepStatus.RUNNING and _advance(draft, branch.part, branch.name):
+    for branch in branches:  # in one that has succeeded others may still be under way, or undone
+        if _advance(draft, branch.part, branch.name) and draft.steps[branch.name].status is StepStatus.RUNNING:
             draft.settle(branch.name, StepStatus.SUCCEEDED)
     states = [draft.steps[branch.name].status for branch in branches]
     enough = states.count(StepStatus.SUCCEEDED) >= node.needed
@@ -126,11 +129,7 @@ def _go_back(draft: Draft, node: Node) -> bool:
     """Undo what can be undone of `node`; say whether there is nothing more to do, or to wait for."""
     match node:
         case Sequence(parts, side_by_side=False):
-            for part in parts:
-                if _is_busy(draft, part):  # a late success waits for its turn
-                    _go_back(draft, part)
-            busy = any(_is_busy(draft, part) for part in parts)
-            return not busy and all(_go_back(draft, part) for part in reversed(parts))
+            return _go_back_in_reverse(draft, parts)
         case Sequence(parts) | Parallel(parts):
             done = [_go_back(draft, part) for part in reversed(parts)]
             return all(done)
@@ -144,10 +143,36 @@ def _go_back(draft: Draft, node: Node) -> bool:
     return not (at and draft.steps[node.name].status.pending)
 
 
+def _go_back_in_reverse(draft: Draft, parts: tuple[Node, ...]) -> bool:
+    """Undo the last part in which something is left; those before it, which may still be under way, have to wait."""
+    for number, part in reversed(list(enumerate(parts))):
+        its_turn = _is_busy(draft, part) or not _is_left(draft, part)
+        if not its_turn and any(_is_busy(draft, before) for before in parts[:number]):
+            return False  # it was heard of late, or a branch that was kept is still under way
+        if not _go_back(draft, part):
+            return False
+    return True
+
+
 def _is_busy(draft: Draft, part: Node) -> bool:
     """Say whether an answer or a next attempt is awaited in `part`."""
-    names = (node.name for node in nodes(part) if isinstance(node, Leaf))
-    return any(name in draft.steps and draft.steps[name].status.pending for name in names)
+    begun = [node for node in nodes(part) if isinstance(node, Leaf) and node.name in draft.steps]
+    fans = [draft.count_items(node) for node in begun if isinstance(node, Each)]
+    pending = [draft.steps[node.name].status.pending for node in begun if not isinstance(node, Each)]
+    return any(fan.pending for fan in fans) or any(pending)
+
+
+def _is_left(draft: Draft, part: Node) -> bool:
+    """Say whether anything in `part` is under way, or is to be undone."""
+    for node in nodes(part):
+        if not isinstance(node, Leaf) or node.name not in draft.steps:
+            continue
+        at = draft.steps[node.name]
+        if at.status.pending or (at.fan is not None and (at.fan.unseen or at.status is StepStatus.SUCCEEDED)):
+            return True
+        if isinstance(node, Step) and node.undo is not None and at.status.to_undo:
+            return True
+    return False
 
 
 def _choose(draft: Draft, node: When) -> tuple[Node, ...] | None:

@@ -1,0 +1,144 @@
+"""What random flows have found: each of these left something done, or a saga that nobody could help."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from coordinator.acts import NotPossibleError
+from coordinator.decide import decide
+from coordinator.decision import Recalled, Resolution, Verb
+from coordinator.flow import Each, each, parallel, sequence
+from coordinator.instance import Origin, Status
+from coordinator.steps import Backoff, Step, step
+from coordinator.testing import PARENT_ID
+from events.envelope import Direction, Result
+from tests.support.trips import Book, Cancel, booking, names, run
+
+DO, UNDO = Direction.DO, Direction.UNDO
+SUCCEEDED, FAILED = Result.SUCCEEDED, Result.FAILED
+
+
+def pivot() -> Step:
+    return booking("pivot", undone=False, pivot=True)
+
+
+def bookings(name: str, count: int, *, on_failure: str = "undo") -> Each:
+    """The same booking for several travellers."""
+
+    def travellers(self: Any) -> list[int]:
+        assert self.trip
+        return list(range(count))
+
+    def book(self: Any, item: int) -> Book:
+        assert self.trip
+        return Book(what=f"{name} {item}")
+
+    def cancel(self: Any, item: int) -> Cancel:
+        assert self.trip
+        return Cancel(what=f"{name} {item}")
+
+    book.__name__ = name
+    made = step(book)
+    made.compensation(cancel)
+    return each(travellers, made, on_failure=on_failure)
+
+
+def test_what_follows_is_undone_before_branches_that_were_kept() -> None:
+    kept = parallel(booking("a"), booking("b"), needed="any", stragglers="keep")
+    trip = run(sequence(kept, booking("c"), booking("d"))).succeeds(step="a").succeeds(step="c")
+    assert names(trip.declines("no", step="d").sent) == [], "b is under way"
+    assert names(trip.succeeds(step="b").sent) == ["cancel c"]
+    assert names(trip.succeeds(step="c").sent) == ["cancel b", "cancel a"]
+    assert trip.succeeds(step="a").succeeds(step="b").status is Status.COMPENSATED
+
+
+def test_a_straggler_in_a_branch_that_is_done_is_undone_as_well() -> None:
+    inner = parallel(booking("b"), booking("c"), needed="any")
+    trip = run(sequence(parallel(booking("a"), inner, needed="any"))).succeeds(step="c").declines("no", step="a")
+    assert names(trip.succeeds(step="b").sent) == ["cancel b"]
+    assert trip.succeeds(step="b").status is Status.COMPLETED
+
+
+def test_a_late_success_in_a_branch_of_a_branch_that_was_undone_is_undone() -> None:
+    inner = parallel(booking("b"), booking("c"), needed="any")
+    trip = run(sequence(parallel(booking("a"), inner, needed="any"))).succeeds(step="a").gives_no_answer()
+    assert trip.succeeds(step="b").succeeds(step="c").status is Status.COMPLETED
+    assert names(trip.replies("b", DO, SUCCEEDED).sent) == ["cancel b"]
+    assert trip.replies("b", UNDO, SUCCEEDED, attempt=2).status is Status.COMPLETED
+
+
+def test_a_late_success_is_undone_although_its_compensation_waits_for_its_next_attempt() -> None:
+    trip = run(sequence(booking("a", retry=Backoff(2)), booking("b"))).gives_no_answer().fails()
+    assert names(trip.replies("a", DO, SUCCEEDED).sent) == ["cancel a"]
+    assert trip.replies("a", UNDO, SUCCEEDED).status is Status.COMPENSATING, "that one had found nothing"
+    assert trip.replies("a", UNDO, SUCCEEDED, attempt=2).status is Status.COMPENSATED
+
+
+def test_nothing_is_tried_anew_in_a_branch_that_is_undone() -> None:
+    trip = run(sequence(pivot(), parallel(booking("a"), booking("b"), needed="any"))).succeeds()
+    assert names(trip.fails(step="a").succeeds(step="b").sent) == ["cancel a"], "it may have been done"
+    assert trip.succeeds(step="a").status is Status.COMPLETED
+
+
+def test_past_its_pivot_a_branch_that_is_needed_can_be_helped_on() -> None:
+    trip = run(sequence(pivot(), parallel(booking("a"), booking("b"), needed="any"))).succeeds()
+    trip.declines("no", step="a").declines("no", step="b")
+    assert trip.status is Status.NEEDS_ATTENTION
+    assert names(trip.acts(Verb.RETRY, "b").sent) == ["book b"]
+    assert trip.succeeds(step="b").status is Status.COMPLETED
+
+
+def test_a_late_success_of_an_item_that_was_undone_alone_wakes_the_saga() -> None:
+    trip = run(sequence(bookings("seat", 2, on_failure="collect"))).succeeds(step="seat[1]")
+    assert trip.fails(step="seat[0]").fails(step="seat[0]").status is Status.NEEDS_ATTENTION
+    assert names(trip.replies("seat[0]", DO, SUCCEEDED).sent) == ["cancel seat 0"]
+    assert trip.status is Status.RUNNING
+    assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_past_its_pivot_a_saga_is_not_done_without_an_item_that_has_failed() -> None:
+    trip = run(sequence(pivot(), bookings("seat", 2))).succeeds()
+    trip.declines("no", step="seat[0]").declines("no", step="seat[1]").acts(Verb.RETRY, "seat[0]").succeeds()
+    assert trip.status is Status.NEEDS_ATTENTION
+    assert trip.acts(Verb.RETRY, "seat[1]").succeeds().status is Status.COMPLETED
+
+
+def test_a_failed_item_is_undone_while_a_part_before_it_is_busy_once_more() -> None:
+    first, second = (bookings(name, 1, on_failure="collect") for name in ("first", "second"))
+    trip = run(sequence(first, second)).fails(step="first[0]").succeeds(step="first[0]")
+    trip.replies("first[0]", DO, SUCCEEDED)
+    assert names(trip.fails(step="second[0]").sent) == ["cancel second 0"]
+    assert trip.succeeds(step="second[0]").succeeds(step="first[0]").status is Status.COMPLETED
+
+
+def test_failed_items_are_counted_as_long_as_they_have_failed() -> None:
+    trip = run(sequence(bookings("seat", 2, on_failure="collect"))).declines("no", step="seat[0]").fails(step="seat[1]")
+    fan = trip.succeeds().instance.steps["seat"].fan
+    assert (trip.status, fan and fan.failed) == (Status.COMPLETED, 2)
+
+
+def test_what_a_handler_says_of_a_step_that_an_operator_has_given_up_on_is_news() -> None:
+    trip = run(sequence(booking("a"), booking("b"))).acts(Verb.RESOLVE, "a", resolution=Resolution.FAILED).succeeds()
+    assert trip.status is Status.COMPENSATED
+    assert names(trip.replies("a", DO, FAILED).sent) == ["cancel a"], "it may have been done after that"
+
+
+def test_only_what_goes_back_can_be_called_undone() -> None:
+    trip = run(sequence(parallel(booking("a"), booking("b"), needed="any"), booking("c"))).succeeds(step="a")
+    trip.fails(step="b").fails(step="b").succeeds(step="c")
+    assert trip.status is Status.NEEDS_ATTENTION
+    with pytest.raises(NotPossibleError, match="only what is being undone can be resolved as undone"):
+        trip.acts(Verb.RESOLVE, "c", resolution=Resolution.UNDONE)
+    assert trip.acts(Verb.SKIP, "b").status is Status.COMPLETED
+
+
+def test_a_child_that_needs_attention_turns_back_with_its_parent() -> None:
+    trip = run(sequence(parallel(booking("a"), booking("b"), needed="any"))).succeeds(step="a")
+    trip.fails(step="b").fails(step="b")
+    parent = Origin(PARENT_ID, "child", 1, "tests")
+    child = replace(trip.instance, origin=parent)
+    assert child.status is Status.NEEDS_ATTENTION
+    decision = decide(trip.definition, child, Recalled(1, "recall", trip.now))
+    assert decision is not None
+    assert [(each.step, each.direction) for each in decision.requests] == [("a", UNDO)]
