@@ -10,12 +10,14 @@ from typing import Any, get_type_hints
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from events.bus import Address, Exchange, Queue
+from events.dead_letters import BUS
 from events.errors import DefinitionError
 from events.message import Command, Event, Message
 from handlers.breaker import Breaker
 from handlers.context import Context
 from handlers.policy import Retry
 
+_TAKEN = (BUS, "coordinator")  # consumers whose dead letters are no handler's
 _name_pattern = re.compile(r"[a-z][a-z0-9_]{0,99}")
 
 HandlerFunction = Callable[..., Awaitable[Event | Any | None]]
@@ -104,6 +106,10 @@ def handles(
 def _refuse_bad_policy(name: str, message: type[Message], timeout: float, concurrency: int, rate: float | None) -> None:
     if not _name_pattern.fullmatch(name):
         raise DefinitionError(f"handler {name!r}: a name is lower case letters, digits and underscores, 100 at most")
+    if name in _TAKEN:
+        raise DefinitionError(
+            f"handler {name}: the coordinator and the bus keep their dead letters under it; use `name=`"
+        )
     if not issubclass(message, Event | Command):
         raise DefinitionError(f"handler {name}: {message.__name__} is neither an Event nor a Command")
     if timeout <= 0 or concurrency < 1:

@@ -98,6 +98,8 @@ async def good(command: ChargeCard) -> None: ...
         (good, {"name": "Bad"}, "handler 'Bad': a name is lower case"),
         (good, {"name": "b.d"}, "handler 'b.d': a name is lower case"),
         (good, {"name": "b" * 101}, "a name is lower case"),
+        (good, {"name": "coordinator"}, "the coordinator and the bus keep their dead letters under it"),
+        (good, {"name": "bus"}, "the coordinator and the bus keep their dead letters under it"),
         (good, {"timeout": 0}, "handler good: timeout must be positive"),
         (good, {"timeout": -1}, "handler good: timeout must be positive"),
         (good, {"concurrency": 0}, "handler good: .*concurrency at least 1"),
