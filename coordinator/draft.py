@@ -208,11 +208,12 @@ class Draft:
             self._touched.discard(name)
             at, before = self.steps[name], self._counted.get(name, StepStatus.LISTED)
             failed = (StepStatus.DECLINED, StepStatus.UNKNOWN)
+            anew = at.status in failed and before in (StepStatus.RUNNING, StepStatus.RETRYING)
             no_more = before in failed and (at.status is StepStatus.SUCCEEDED or not each.collect)
             fan = replace(
                 fan,
                 pending=fan.pending + at.status.pending - before.pending,
-                failed=fan.failed + (at.status in failed and before.pending) - no_more,
+                failed=fan.failed + anew - no_more,
                 stuck=fan.stuck + (at.status is StepStatus.UNDO_FAILED) - (before is StepStatus.UNDO_FAILED),
             )
             self._counted[name] = at.status

@@ -118,6 +118,12 @@ def test_failed_items_are_counted_as_long_as_they_have_failed() -> None:
     assert (trip.status, fan and fan.failed) == (Status.COMPLETED, 2)
 
 
+def test_a_failed_item_of_which_an_operator_says_how_it_was_has_failed_once() -> None:
+    trip = run(sequence(bookings("seat", 1, on_failure="collect"))).fails()
+    fan = trip.acts(Verb.RESOLVE, "seat[0]", resolution=Resolution.DECLINED).instance.steps["seat"].fan
+    assert (trip.status, fan and fan.failed) == (Status.COMPLETED, 1)
+
+
 def test_what_a_handler_says_of_a_step_that_an_operator_has_given_up_on_is_news() -> None:
     trip = run(sequence(booking("a"), booking("b"))).acts(Verb.RESOLVE, "a", resolution=Resolution.FAILED).succeeds()
     assert trip.status is Status.COMPENSATED
