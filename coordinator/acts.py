@@ -5,6 +5,7 @@ what could be done instead; nothing is changed then.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -146,7 +147,9 @@ def _compensate(draft: Draft, given: Acted) -> None:
         raise NotPossibleError(f"the saga is {draft.status}; there is nothing to compensate")
     _refuse_past_pivot(draft)
     for name, at in list(draft.steps.items()):
-        if at.status is StepStatus.UNDO_FAILED:
+        if at.fan is not None and at.fan.stuck:
+            draft.set(name, status=StepStatus.UNDOING, fan=replace(at.fan, unseen=at.fan.begun))
+        elif at.status is StepStatus.UNDO_FAILED and at.fan is None:
             draft.settle(name, StepStatus.UNKNOWN)
     draft.turn_back(f"compensated by {given.by}: {given.why}")
 

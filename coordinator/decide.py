@@ -227,10 +227,10 @@ def _is_late_effect(at: StepState, given: Replied) -> bool:
     """Say whether a step has, or may have, happened since it was given up on, and nobody has said so before."""
     given_up = at.status in _GIVEN_UP
     given_up = given_up or (at.status is StepStatus.DECLINED and at.answer is not None)  # a person said so, and may err
-    if given.direction is not Direction.DO or given.attempt != at.attempt or not given_up:
+    if given.direction is not Direction.DO or given.attempt > at.attempt or not given_up:
         return False
-    if at.answer is None:
-        return given.result in (Result.SUCCEEDED, Result.FAILED)
+    if given.result is Result.FAILED:
+        return at.answer is None and given.attempt == at.attempt
     return given.result is Result.SUCCEEDED and at.answer is not Result.SUCCEEDED
 
 

@@ -72,7 +72,8 @@ def fan_in(draft: Draft, node: Each) -> bool:
         if name not in draft.steps:
             break
         unseen -= 1
-        _undo(draft, node, [name] if draft.steps[name].status.to_undo else ())
+        status = draft.steps[name].status
+        _undo(draft, node, [name] if status.to_undo or status is StepStatus.UNDO_FAILED else ())
     fan = replace(draft.count_items(node), unseen=unseen)
     wants_more = unseen > 0 and fan.pending < node.limit
     draft.set(node.name, fan=fan, due_at=draft.now if wants_more else None)

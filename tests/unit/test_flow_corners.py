@@ -124,6 +124,24 @@ def test_a_failed_item_of_which_an_operator_says_how_it_was_has_failed_once() ->
     assert (trip.status, fan and fan.failed) == (Status.COMPLETED, 1)
 
 
+def test_what_could_not_be_undone_of_a_fan_out_is_tried_once_more_by_an_operator_who_compensates() -> None:
+    trip = run(sequence(bookings("seat", 3), booking("a"))).succeeds(step="seat[0]").succeeds(step="seat[1]")
+    trip.declines("no", step="seat[2]").fails(step="seat[1]").succeeds(step="seat[0]")
+    assert trip.status is Status.NEEDS_ATTENTION
+    sent = [command for decision in trip.acts(Verb.COMPENSATE).decisions[-2:] for command in decision.requests]
+    assert [(each.step, each.direction, each.attempt) for each in sent] == [("seat[1]", UNDO, 2)]
+    assert trip.succeeds().status is Status.COMPENSATED
+
+
+def test_a_late_success_of_an_attempt_before_the_last_one_is_undone() -> None:
+    flow = parallel(booking("a", recovery=Backoff(2)), booking("b"), needed="any")
+    trip = run(sequence(pivot(), flow)).succeeds().fails(step="a").gives_no_answer().succeeds(step="b")
+    assert trip.instance.steps["a"].attempt == 2
+    assert trip.fails(step="a").succeeds(step="a").status is Status.COMPLETED
+    assert names(trip.replies("a", DO, SUCCEEDED, attempt=1).sent) == ["cancel a"]
+    assert trip.succeeds().status is Status.COMPLETED
+
+
 def test_what_a_handler_says_of_a_step_that_an_operator_has_given_up_on_is_news() -> None:
     trip = run(sequence(booking("a"), booking("b"))).acts(Verb.RESOLVE, "a", resolution=Resolution.FAILED).succeeds()
     assert trip.status is Status.COMPENSATED
