@@ -7,7 +7,7 @@ import argparse
 import tempfile
 import time
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +34,7 @@ def kinds() -> list[list[Decision]]:
     started = OrderPlaced(order_id=_ids.new(), amount=1)
     completed, compensated, running = (SagaRun(ThreeSteps, started) for _ in range(3))
     for run in (completed, compensated, running):
-        run.now = datetime.now(UTC)
+        run.now = datetime.now(UTC) + timedelta(days=1)  # its deadlines are to come however long this takes
         run.succeeds()
     completed.succeeds().succeeds()
     compensated.declines("no money").succeeds()

@@ -15,7 +15,7 @@ from coordinator.instance import Instance, Status, StepStatus
 from coordinator.search import Query
 from coordinator.steps import compensated, completed, starts_on, step
 from coordinator.store import Store
-from coordinator.tables import parked_event, saga_item, saga_wait
+from coordinator.tables import parked_event, saga_history, saga_instance, saga_item, saga_wait
 from coordinator.timers import find_timers
 from coordinator.waits import awaits, delay
 from events.database import transaction
@@ -308,6 +308,25 @@ async def test_an_early_event_that_nobody_waits_for_in_time_is_dropped_with_a_wo
 
     await until(is_gone)
     assert "engine.parked_expired" in actions(caplog)
+
+
+async def test_an_event_for_an_archived_saga_is_neither_parked_nor_dead(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would have waited for it by its business key, which is all that is left of it."""
+    coordinator = await world.coordinator(Waiting)
+    await begin(world, coordinator)
+    async with transaction(world.engine) as connection:
+        for part in (saga_wait, saga_history):
+            await connection.execute(part.delete())
+        archived = saga_instance.update().values(status="archived", state={}, steps={}, due_at=None)
+        await connection.execute(archived)
+    caplog.set_level("INFO")
+    await coordinator.take(envelope_of(Paid(order="o-1", payment="p-1")))
+    assert "saga.archived_event" in actions(caplog)
+    assert await rows(world, parked_event) == 0
+    assert await world.dead() == {}
+    assert (await world.instance("o-1")).status == "archived"
 
 
 async def test_an_event_for_a_saga_that_is_past_it_is_noted_there(world: World) -> None:
