@@ -167,7 +167,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_cancelled_until_it_en
     outcome = running.result()
     # One after the other; on a machine under load two that come at once are one for the handler.
     assert swallowed == sorted(set(swallowed))
-    assert swallowed[-1] >= pytest.approx(0.03), "the first one is the timeout's"
+    assert swallowed[-1] > 0.0299, "the first one is the timeout's"
     assert bench.execution.timeouts.overdue == 0
     assert outcome.result is (Result.SUCCEEDED if returns else Result.FAILED)
     assert {getattr(record, "action", "") for record in caplog.records} >= {"handler.overdue"}

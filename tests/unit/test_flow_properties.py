@@ -127,7 +127,7 @@ class Outcome:
 
 
 @settings(
-    max_examples=int(EXAMPLES or 2000),
+    max_examples=int(EXAMPLES or 3000),
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,
