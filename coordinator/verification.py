@@ -4,8 +4,9 @@ All is read from one snapshot, many sagas at a time. What can be told of all row
 returns what is wrong only; sagas in which anything but plain successes has happened are told again row by row.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -28,6 +29,7 @@ from handlers.inbox import OF_SAGAS
 from handlers.tables import inbox
 
 _PAGE = 10_000  # sagas that are checked at a time
+_AT_ONCE = 4  # pages
 _CHUNK = 500  # sagas that are told again at a time
 _handled = Lookup(inbox, "message_key", "consumer", "reply", "handled_at", key="message_key")
 
@@ -59,19 +61,31 @@ class Verification:
     async def findings(self) -> AsyncIterator[Finding]:
         """Return what does not hold, while it is being looked for."""
         await self._store.clock.calibrate()
-        async with _snapshot(self._engine) as connection:
-            last: UUID | None = None
-            while True:
-                page = Page(last, await self._end_of_page(connection, last), self._since)
-                for finding in await self._compare(connection, page):
-                    yield finding
-                ids = (await connection.execute(unusual(page))).scalars().all()
-                for first in range(0, len(ids), _CHUNK):
-                    for finding in await self._retell(connection, ids[first : first + _CHUNK]):
+        async with _snapshots(self._engine) as connections:
+            pages: list[Page] = []
+            while not pages or pages[-1].last is not None:
+                pages = await self._next_pages(connections[0], pages[-1].last if pages else None, len(connections))
+                checks = (self._check(*each) for each in zip(connections, pages, strict=False))
+                for found in await asyncio.gather(*checks, return_exceptions=True):
+                    if isinstance(found, BaseException):
+                        raise found
+                    for finding in found:
                         yield finding
-                if page.last is None:
-                    return
-                last = page.last
+
+    async def _next_pages(self, connection: AsyncConnection, after: UUID | None, most: int) -> list[Page]:
+        """Return the next pages; the last one of all has no end."""
+        pages: list[Page] = []
+        while len(pages) < most and (not pages or pages[-1].last is not None):
+            after = pages[-1].last if pages else after
+            pages.append(Page(after, await self._end_of_page(connection, after), self._since))
+        return pages
+
+    async def _check(self, connection: AsyncConnection, page: Page) -> list[Finding]:
+        found = await self._compare(connection, page)
+        ids = (await connection.execute(unusual(page))).scalars().all()
+        for first in range(0, len(ids), _CHUNK):
+            found += await self._retell(connection, ids[first : first + _CHUNK])
+        return found
 
     async def _end_of_page(self, connection: AsyncConnection, after: UUID | None) -> UUID | None:
         """Return the id of the last saga of the next page; None for the last page, which has no end."""
@@ -128,13 +142,26 @@ async def _overtaken(connection: AsyncConnection, undone: dict[UUID, Retold]) ->
 
 
 @asynccontextmanager
-async def _snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Read everything as it is now, whatever is committed meanwhile; nobody waits for us."""
-    if engine.dialect.name == "postgresql":
-        options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        async with engine.execution_options(**options).connect() as connection:
-            yield connection
+async def _snapshots(engine: AsyncEngine) -> AsyncIterator[list[AsyncConnection]]:
+    """Read everything as it is now, whatever is committed meanwhile; nobody waits for us.
+
+    On PostgreSQL several connections see the same (manual, section 9.27.5), so that more than one core is at work.
+    """
+    if engine.dialect.name != "postgresql":
+        async with _snapshot_on_sqlite(engine) as connection:
+            yield [connection]
         return
+    reading = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    async with AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(reading.connect()) for _ in range(_AT_ONCE)]
+        name = (await connections[0].exec_driver_sql("SELECT pg_export_snapshot()")).scalar_one()
+        for each in connections[1:]:
+            await each.exec_driver_sql(f"SET TRANSACTION SNAPSHOT '{name}'")
+        yield connections
+
+
+@asynccontextmanager
+async def _snapshot_on_sqlite(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     async with engine.execution_options(**{READ_ONLY: True}).connect() as connection:
         raw: Any = (await connection.get_raw_connection()).driver_connection
         await raw.create_function("saga_digest", len(COLUMNS) + 1, digest, deterministic=True)
