@@ -1,6 +1,7 @@
 """The servers and the collector that other tests build on."""
 
 import asyncio
+import random
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from tests.support.base import free_port
 from tests.support.otlp import OtlpSink
 from tests.support.servers import Postgres, RabbitMQ
 
@@ -51,6 +53,14 @@ async def execute(url: str, *statements: str) -> object:
             return (await connection.execute(text(statements[-1]))).scalar_one()
     finally:
         await engine.dispose()
+
+
+def test_no_port_is_given_twice_before_anything_listens_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker with one port for two of its listeners does not start."""
+    drawn = iter([free := free_port(), free, free, free + 1, free + 2, free + 3])
+    monkeypatch.setattr(random, "randint", lambda _low, _high: next(drawn))
+
+    assert free not in {free_port(), free_port()}
 
 
 def test_what_is_published_can_be_got(amqp_url: str, namespace: str) -> None:

@@ -21,16 +21,26 @@ class MissingServerError(Exception):
     """No server of this kind can be had from this source; the text says what would help."""
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port to listen on, below the ephemeral range so that no client's socket takes it in the meantime."""
+    """A port to listen on, below the ephemeral range so that no client's socket takes it in the meantime.
+
+    No port is given twice: a server takes all of its ports before it listens on the first, and keeps them while it is
+    stopped.
+    """
     while True:
         port = random.randint(20_000, 32_000)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.add(port)
+        return port
 
 
 def wait_until(ready: Callable[[], bool], what: str, seconds: float = 90) -> None:
