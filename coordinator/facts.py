@@ -11,7 +11,7 @@ from coordinator.instance import Instance
 from coordinator.items import Items
 from coordinator.sagas import CONSUMER, Sagas
 from coordinator.store import Store
-from coordinator.waiting import Correlation, Waiting, correlations
+from coordinator.waiting import Correlation, Waiters, correlations
 from events.codec import Readable
 from events.derive import derive_id
 from events.envelope import Envelope
@@ -50,23 +50,23 @@ class Lookups:
 
     Args:
         sagas: the definitions.
-        store, items, waiting: where they are.
+        store, items, waiters: where they are.
     """
 
-    def __init__(self, sagas: Sagas, store: Store, items: Items, waiting: Waiting) -> None:
+    def __init__(self, sagas: Sagas, store: Store, items: Items, waiters: Waiters) -> None:
         self._sagas = sagas
         self._store = store
         self._items = items
-        self._waiting = waiting
+        self._waiters = waiters
 
     async def of_messages(self, connection: AsyncConnection, items: Iterable[Item], *, lock: bool) -> Facts:
         """Return what is to be known for messages; lock the instances or not."""
         envelopes = [item.part.envelope for item in items if isinstance(item.part, Readable)]
         named, once, found = self._spoken_of(envelopes)
-        standing = await self._waiting.standing(connection, found) if found else {}
+        standing = await self._waiters.standing(connection, found) if found else {}
         unmet = [(each.saga, each.key) for each in found if each.key is not None and each.id not in standing]
-        by_key = await self._waiting.named(connection, unmet) if unmet else {}
-        taken = await self._waiting.known(connection, once, CONSUMER) if once else set()
+        by_key = await self._waiters.named(connection, unmet) if unmet else {}
+        taken = await self._waiters.known(connection, once, CONSUMER) if once else set()
         ids = {saga_id for saga_id, _ in named} | set(by_key.values())
         ids |= {saga_id for each in standing.values() for saga_id, _ in each}
         loaded = await self.of(connection, ids, named, lock=lock)

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from pydantic_core import from_json, to_json
 
+from coordinator.arrivals import Arrivals
 from coordinator.batch import Batch, Ports
 from coordinator.chain import COLUMNS
 from coordinator.decision import Acted, Resolution, Verb
@@ -200,7 +201,7 @@ class _Rerun:
         batch = Batch(sagas, ports, self._facts(sagas, row, envelope))
         if envelope is not None:
             [item] = Intake(_UNLIMITED).read(_Delivery(bundle_body([envelope.encode()])))
-            batch.take(item)
+            Arrivals(batch).take(item)
         elif self._instance is None:
             raise UnclearError(f"its history begins with {kind}")
         elif kind in _VERBS:

@@ -82,7 +82,7 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Parked:
+class ParkedEvent:
     """An event to be kept: for which correlation, for how long, and as which bytes."""
 
     id: UUID
@@ -113,7 +113,7 @@ class EarlyDelivery:
         """It is in its table until the commit of what follows."""
 
 
-class Waiting:
+class Waiters:
     """Who waits, and what is early, in one database."""
 
     async def standing(
@@ -146,7 +146,7 @@ class Waiting:
         *,
         begun: Sequence[Begun],
         over: Iterable[tuple[UUID, str, tuple[str, ...]]],
-        parked: Sequence[Parked],
+        parked: Sequence[ParkedEvent],
         taken: Iterable[UUID],
         consumer: str,
         now: datetime,

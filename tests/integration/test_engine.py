@@ -391,10 +391,10 @@ async def test_i12_a_deadline_is_acted_on_once_and_not_before_it_is_due(world: W
     world.clock.advance(5)
     await coordinator.take(reply(saga, "hotel"))  # its next deadline is 20 s away
     world.clock.advance(4.999)
-    assert await coordinator.engine.fire_timers() == 0
+    assert await coordinator.engine.deadlines.fire() == 0
     world.clock.advance(0.001)
-    assert await coordinator.engine.fire_timers() == 1
-    assert await coordinator.engine.fire_timers() == 0
+    assert await coordinator.engine.deadlines.fire() == 1
+    assert await coordinator.engine.deadlines.fire() == 0
     assert await world.history() == ["started", "deadline"]
     assert await world.history("t-2") == ["started", "reply"]
     assert (await world.instance()).steps["hotel"].status is StepStatus.UNDOING
@@ -411,9 +411,9 @@ async def test_what_has_failed_is_asked_for_anew_when_its_time_has_come(world: W
     saga_id = (await world.instance()).id
     await coordinator.take(reply(saga_id, "hotel"))
     await coordinator.take(reply(saga_id, "payment", Failed(code="failed", reason="", attempts=1), Result.FAILED))
-    assert await coordinator.engine.fire_timers() == 0
+    assert await coordinator.engine.deadlines.fire() == 0
     world.clock.advance(20)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
     first, second = await world.sent("pay.trip")
     assert second.causation_id == first.id != second.id
     declined = SagaLink(saga_id, "payment", Direction.DO, 2, Result.DECLINED)
@@ -421,9 +421,9 @@ async def test_what_has_failed_is_asked_for_anew_when_its_time_has_come(world: W
     failed = SagaLink(saga_id, "hotel", Direction.UNDO, 1, Result.FAILED)
     await coordinator.take(envelope_of(Failed(code="failed", reason="", attempts=1), failed))
     world.clock.advance(4)
-    assert await coordinator.engine.fire_timers() == 0
+    assert await coordinator.engine.deadlines.fire() == 0
     world.clock.advance(1)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
     first, second = await world.sent("cancel.hotel")
     assert second.causation_id == first.id != second.id
     assert (await world.instance()).status == "compensating"
@@ -460,7 +460,7 @@ async def test_the_history_keeps_what_was_decided_on(world: World) -> None:
     await coordinator.take(wanted())
     instance = await world.instance()
     world.clock.advance(11)
-    await coordinator.engine.fire_timers()
+    await coordinator.engine.deadlines.fire()
     assert (await world.instance()).status == "compensating"
     until_then = coordinator.store.clock.now() + timedelta(days=1)
     operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
@@ -543,7 +543,7 @@ async def test_the_deadline_of_a_saga_is_moved_for_good(world: World) -> None:
     moved = await operator.act("t-1", Verb.MOVE_DEADLINE, by="ada", why="it is urgent", until=until)
     assert (moved.deadline, moved.due_at, moved) == (until, until, await world.instance())
     world.clock.advance(5)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
     assert (await world.instance()).status is Status.COMPENSATING
 
 
@@ -567,13 +567,13 @@ async def test_i12_two_coordinators_that_look_at_once_act_on_a_deadline_once(sha
     shared.clock.advance(10)
     hold = Hold()
     with armed("engine.timers_claimed", hold):
-        firing = asyncio.create_task(one.engine.fire_timers())
+        firing = asyncio.create_task(one.engine.deadlines.fire())
         await hold.reached()
         async with asyncio.timeout(PATIENCE):
-            assert await two.engine.fire_timers() == 0
+            assert await two.engine.deadlines.fire() == 0
         hold.release()
         assert await firing == 10
-    assert await two.engine.fire_timers() == 0
+    assert await two.engine.deadlines.fire() == 0
     assert await shared.history("t-0") == ["started", "deadline"]
     assert len(await shared.sent("cancel.hotel")) == 10
 
@@ -605,15 +605,15 @@ async def test_an_instance_whose_state_cannot_be_read_any_more_needs_attention(
 
     caplog.clear()
     world.clock.advance(10)
-    assert await coordinator.engine.fire_timers() == 2
+    assert await coordinator.engine.deadlines.fire() == 2
     stuck = await world.instance()
     assert (stuck.status, stuck.due_at) == (Status.NEEDS_ATTENTION, None)
-    assert (stuck.reason or "").startswith("Trip cannot be decided on")
+    assert (stuck.reason or "").startswith("trip cannot be decided on")
     assert actions(caplog, logging.ERROR) == ["saga.undecidable", "saga.needs_attention"]
     assert await world.history() == ["started", "given_up"]
     assert await world.history("t-2") == ["started", "deadline"]
     world.clock.advance(1000)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
 
 
 async def is_completed(world: World, key: str = "t-1") -> bool:
@@ -627,7 +627,7 @@ async def test_the_deadline_of_a_saga_of_an_unknown_version_is_left_to_those_who
     await newer.engine.stop()
     older = await world.coordinator(Trip)
     world.clock.advance(1000)
-    assert await older.engine.fire_timers() == 0
+    assert await older.engine.deadlines.fire() == 0
     assert await world.history() == ["started"]
 
 
@@ -736,7 +736,7 @@ async def test_one_saga_whose_deadline_cannot_be_stored_does_not_hold_up_all_oth
     world.clock.advance(10)
     for _ in range(2):
         with suppress(TooLargeError, DBAPIError):
-            await coordinator.engine.fire_timers()
+            await coordinator.engine.deadlines.fire()
     assert await world.history("t-2") == ["started", "deadline"]
 
 

@@ -273,7 +273,7 @@ async def test_an_event_moves_the_saga_that_waits_for_it_and_no_other(world: Wor
     assert (await world.instance("o-1")).steps["paid"].status is StepStatus.WAITING
     await coordinator.take(envelope_of(Audited(payment="p-2")))
     world.clock.advance(50)
-    await coordinator.engine.fire_timers()
+    await coordinator.engine.deadlines.fire()
     assert (await world.instance("o-2")).status is Status.COMPLETED
     assert await world.history("o-2") == ["started", "reply", "event", "event", "deadline"]
     assert await rows(world, saga_wait) == 1
@@ -378,7 +378,7 @@ async def test_a_wait_that_is_called_off_waits_no_more(world: World) -> None:
     coordinator = await world.coordinator(Waiting)
     await begin(world, coordinator)
     world.clock.advance(3600)
-    await coordinator.engine.fire_timers()
+    await coordinator.engine.deadlines.fire()
     assert await rows(world, saga_wait) == 0
     [release] = await world.sent("release")
     await coordinator.take(answer(release))
@@ -462,7 +462,7 @@ async def test_the_deadline_of_an_item_passes_for_it_alone(world: World) -> None
     assert await find_timers(coordinator.store, Query(step="other")) == []
     assert await find_timers(coordinator.store, Query(), before=world.clock.now()) == []
     world.clock.advance(60)
-    await coordinator.engine.fire_timers()
+    await coordinator.engine.deadlines.fire()
     assert (await world.instance("o-1")).reason == "ship[1] gave no answer in time"
     await ship_all(world, coordinator)
     assert (await world.instance("o-1")).status is Status.COMPENSATED
@@ -540,7 +540,7 @@ async def test_a_child_that_is_undone_before_it_begins_never_does(world: World) 
     await coordinator.take(envelope_of(Ordered(order="o-1")))
     [pack] = await world.sent("pack")
     world.clock.advance(600)
-    await coordinator.engine.fire_timers()
+    await coordinator.engine.deadlines.fire()
     [unpack] = await world.sent("unpack")
     await coordinator.take(unpack)
     await coordinator.take(pack)

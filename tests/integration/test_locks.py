@@ -182,9 +182,9 @@ async def test_it_is_held_until_all_is_undone_and_while_a_person_must_look(
     await coordinator.take(reply(saga, "debit", failed, Result.FAILED))
     assert await statuses(world, "p-1", "p-2") == ["compensating", "waiting"]
     coordinator.clock.advance(1e6)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
     assert await statuses(world, "p-1", "p-2") == ["needs_attention", "waiting"]
-    assert await coordinator.engine.mend_lines() == 0
+    assert await coordinator.engine.deadlines.mend_lines() == 0
     await operator_of(coordinator).act("p-1", Verb.SKIP, **ABOUT, step="debit")
     assert await statuses(world, "p-1", "p-2") == ["compensated", "running"]
 
@@ -195,7 +195,7 @@ async def test_a_deadline_that_ends_the_holder_starts_the_next(world: World, coo
     until = coordinator.store.clock.now() + timedelta(seconds=5)
     await operator.act("c-1", Verb.MOVE_DEADLINE, **ABOUT, until=until)
     coordinator.clock.advance(5)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
     await operator.act("c-1", Verb.RETRY, **ABOUT, step="close")
     await coordinator.take(reply((await world.instance("c-1")).id, "close"))
     assert await statuses(world, "c-1", "p-2") == ["compensated", "running"]
@@ -232,7 +232,7 @@ async def test_the_deadline_counts_from_the_turn_unless_an_operator_sets_one(
     granted = await world.instance("p-1")
     assert granted.deadline == granted.updated_at + timedelta(seconds=100)  # type: ignore[operator]
     coordinator.clock.advance(1.5)
-    assert await coordinator.engine.fire_timers() == 1
+    assert await coordinator.engine.deadlines.fire() == 1
     assert await statuses(world, "p-1", "p-2", "p-3") == ["running", "compensated", "waiting"]
     assert (await world.instance("p-2")).steps == {}
 
@@ -262,7 +262,7 @@ async def test_one_whose_begin_cannot_be_stored_does_not_cost_the_end_of_the_one
     await coordinator.take(pay("p-1"), pay("large"), pay("p-2"))
     await finish(world, coordinator, "p-1")
     assert await statuses(world, "p-1", "large") == ["completed", "waiting"]
-    assert await coordinator.engine.mend_lines() == 1
+    assert await coordinator.engine.deadlines.mend_lines() == 1
     assert await statuses(world, "large", "p-2") == ["needs_attention", "waiting"]
     assert await world.dead() == {}
     await operator_of(coordinator).act("large", Verb.COMPENSATE, **ABOUT)
@@ -302,16 +302,16 @@ async def test_a_line_that_nobody_moves_is_mended(world: World, coordinator: Coo
     old = await world.coordinator(Payment)
     await finish(world, old, "p-1")
     assert await statuses(world, "p-1", "c-1") == ["completed", "waiting"]
-    assert await old.engine.mend_lines() == 0
+    assert await old.engine.deadlines.mend_lines() == 0
     new = await world.coordinator(Payment, Closure)
-    await new.engine.mend_lines()
+    await new.engine.deadlines.mend_lines()
     assert await statuses(world, "c-1") == ["running"]
-    assert await new.engine.mend_lines() == 0
+    assert await new.engine.deadlines.mend_lines() == 0
     saga = (await world.instance("p-1")).id
     async with transaction(world.engine) as connection:
         await connection.execute(saga_lock.delete())
         await connection.execute(saga_lock.insert().values(key="account=a-1", saga_id=saga))
-    assert await new.engine.mend_lines() == 1
+    assert await new.engine.deadlines.mend_lines() == 1
     assert await count_rows(world.engine, saga_lock) == 0
 
 
@@ -331,7 +331,7 @@ async def test_processes_that_start_and_end_at_once_never_let_two_hold_a_key(sha
         waiting = [each for each in left if each.status is Status.WAITING]
         assert len(running) <= 1
         if not running:  # the next one was being looked at when the one before ended
-            assert await coordinators[1].engine.mend_lines() == 1
+            assert await coordinators[1].engine.deadlines.mend_lines() == 1
             continue
         undone = reply(running[0].id, "debit", direction=Direction.UNDO)  # late, unless it was cancelled
         finishing = [coordinator.take(reply(running[0].id, "debit"), undone) for coordinator in coordinators]

@@ -217,9 +217,9 @@ async def test_deadlines_of_many_sagas_are_moved_and_the_old_ones_do_not_fire(
     moved = operator.act_on(TRIPS, Verb.MOVE_DEADLINE, **ABOUT, step="hotel", until=until)
     assert len(keys(await run(moved))) == 120
     world.clock.advance(499)
-    assert await coordinator.engine.fire_timers() == 0
+    assert await coordinator.engine.deadlines.fire() == 0
     world.clock.advance(1)
-    assert await coordinator.engine.fire_timers() == 120
+    assert await coordinator.engine.deadlines.fire() == 120
     assert await world.history("t-119") == ["started", "move_deadline", "deadline"]
 
 
@@ -229,7 +229,7 @@ async def test_a_cancelled_deadline_never_fires(world: World, coordinator: Coord
     await operator.act("t-000", Verb.CANCEL_DEADLINE, **ABOUT)
     assert await find_timers(coordinator.store, Query()) == []
     world.clock.advance(10_000_000)
-    assert await coordinator.engine.fire_timers() == 0
+    assert await coordinator.engine.deadlines.fire() == 0
     with pytest.raises(NotPossibleError, match="it has no deadline that could be cancelled"):
         await operator.act("t-000", Verb.CANCEL_DEADLINE, **ABOUT, step="hotel")
 
@@ -244,7 +244,7 @@ async def test_a_storm_of_deadlines_leaves_messages_as_much_time_as_it_takes(
         coordinator.clock.advance(0.25)
 
     with armed("engine.timers_committed", takes_a_while):
-        firing = asyncio.create_task(coordinator.engine._fire_all())
+        firing = asyncio.create_task(coordinator.engine.deadlines.fire_all())
         await coordinator.clock.asleep(0.25)
     await coordinator.take(wanted("t-250"))
     assert len(await world.sent("cancel.hotel")) == 200

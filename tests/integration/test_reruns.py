@@ -78,7 +78,7 @@ async def lived(world: World) -> list[dict[str, Any]]:
     await operator.act(ids["cancelled"], Verb.CANCEL, by="ada", why="a test")
     for _ in range(12):
         world.clock.advance(25)
-        while await coordinator.engine.fire_timers():
+        while await coordinator.engine.deadlines.fire():
             pass
     return await documents(coordinator)
 

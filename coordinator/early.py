@@ -1,0 +1,130 @@
+"""Gives events that were parked, since no instance waited for them, to those that do by now."""
+
+import asyncio
+import logging
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from coordinator.arrivals import Arrivals
+from coordinator.facts import NOTHING, Lookups
+from coordinator.sagas import Sagas
+from coordinator.store import Store
+from coordinator.waiting import EarlyDelivery, Waiters
+from coordinator.writer import Writer
+from events.bulk import together
+from events.clock import Clock
+from events.database import is_transient, transaction
+from events.errors import StaleRowError
+from events.intake import Intake
+from events.service import is_cancelled
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 256
+_SWEEP_EVERY = 5.0  # for events whose match was missed by a process that has died since
+
+
+class EarlyEvents:
+    """Takes parked events that somebody waits for, and deletes those that nobody has waited for in time.
+
+    Args:
+        writer, lookups, waiters, store, engine: the database and what is written there.
+        sagas: the definitions.
+        intake: reads what was parked.
+        clock: the time here, for pauses.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        *,
+        lookups: Lookups,
+        waiters: Waiters,
+        sagas: Sagas,
+        engine: AsyncEngine,
+        store: Store,
+        intake: Intake,
+        clock: Clock,
+    ) -> None:
+        self._writer = writer
+        self._lookups = lookups
+        self._waiters = waiters
+        self._sagas = sagas
+        self._engine = engine
+        self._store = store
+        self._intake = intake
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Look whenever there may be a match, and now and then, for ever."""
+        while True:
+            self._writer.may_match.clear()
+            try:
+                while await self.take() == _BATCH:
+                    pass
+                await self._expire()
+            except Exception as error:
+                if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
+                    raise
+                logger.warning(
+                    "early events wait for the database: %s", error, extra={"action": "engine.database_away"}
+                )
+            await self._until_matched_or(_SWEEP_EVERY)
+
+    async def _until_matched_or(self, seconds: float) -> None:
+        sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
+        matched = asyncio.ensure_future(self._writer.may_match.wait())
+        try:
+            await asyncio.wait((sleeping, matched), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleeping.cancel()
+            matched.cancel()
+
+    async def take(self, most: int = _BATCH) -> int:
+        """Give parked events to the instances that wait for them by now; return how many were done with."""
+        try:
+            return await self._take(most)
+        except Exception as error:
+            if is_cancelled() or is_transient(error) or isinstance(error, StaleRowError):
+                raise
+            if most == 1:
+                return await self._bury(error)
+            logger.warning("early events are taken one by one: %r", error, extra={"action": "engine.batch_split"})
+        taken = 0
+        while await self.take(1):
+            taken += 1
+        return taken
+
+    async def _take(self, most: int) -> int:
+        async with transaction(self._engine) as connection:
+            rows = await self._waiters.claim(connection, self._sagas.by_version, most)
+            if not rows:
+                return 0
+            items = [(row, item) for row in rows for item in self._intake.read(EarlyDelivery(row.body))]
+            facts = await self._lookups.of_messages(connection, [item for _, item in items], lock=True)
+            arrivals = Arrivals(batch := self._writer.batch(facts))
+            done = [row.id for row, item in items if arrivals.take_parked(row.saga, item)]
+            async with together(connection):
+                await self._waiters.remove(connection, done)
+                after_commit = await self._writer.write(connection, batch)
+        after_commit()
+        return len(done)
+
+    async def _bury(self, error: Exception) -> int:
+        """Give up on the first early event: what it causes cannot be stored."""
+        async with transaction(self._engine) as connection:
+            rows = await self._waiters.claim(connection, self._sagas.by_version, 1)
+            batch = self._writer.batch(NOTHING)
+            for item in (item for row in rows for item in self._intake.read(EarlyDelivery(row.body))):
+                batch.reject(item, error)
+            await self._waiters.remove(connection, [row.id for row in rows])
+            after_commit = await self._writer.write(connection, batch)
+        after_commit()
+        return len(rows)
+
+    async def _expire(self) -> None:
+        async with transaction(self._engine) as connection:
+            expired = await self._waiters.expire(connection, self._store.clock.now(), _BATCH)
+        for row in expired:
+            extra = {"action": "engine.parked_expired", "event": row.event, "saga": row.saga}
+            logger.warning("no %s has waited in time for %s", row.saga, row.event, extra=extra)
