@@ -116,12 +116,9 @@ class Batch:
         for instance in instances:
             self.loaded[instance.id] = self.current[instance.id] = instance
 
-    def elapse(self, instance: Instance) -> None:
-        """Decide on an instance whose deadline has passed."""
-        now = self.ports.now()
-        # The database found the deadline passed; our copy of its clock may be a moment behind.
-        given = Elapsed(max(now, instance.due_at or now))
-        self.decide_or_stop(instance, given, "deadline", cause=_unanswered(instance, given.now))
+    def elapse(self, instance: Instance, now: datetime) -> None:
+        """Decide on an instance of which a deadline has passed by `now`: its own, that of a step or of an item."""
+        self.decide_or_stop(instance, Elapsed(now), "deadline", cause=_unanswered(instance, now))
 
     def awaits_turn(self, saga: UUID) -> bool:
         """Say whether an instance has still not begun, although this application may have its version."""

@@ -108,13 +108,14 @@ class Deadlines:
         due: dict[UUID, Instance] = {}
         try:
             async with transaction(self._engine) as connection:
-                due = await self._store.claim_due(connection, self._sagas.by_version, most, items=self._sagas.have_fans)
+                now = self._store.clock.now()
+                known, have_fans = self._sagas.by_version, self._sagas.have_fans
+                due = await self._store.claim_due(connection, known, most, now=now, items=have_fans)
                 if not due:
                     return 0
-                now = self._store.clock.now()
                 batch = self._writer.batch(Facts(await self._lookups.with_items(connection, due, due=now)))
                 for instance in batch.loaded.values():
-                    batch.elapse(instance)
+                    batch.elapse(instance, now)
                 await failpoint("engine.timers_claimed")
                 await self._writer.settle_lines(connection, batch, grant=most > 1)
                 async with together(connection):

@@ -226,7 +226,7 @@ class _Rerun:
         """Let what is neither a message nor an act happen again."""
         match row["kind"]:
             case "deadline":
-                batch.elapse(batch.loaded[self._id])
+                batch.elapse(batch.loaded[self._id], datetime.fromisoformat(row["at"]))
             case "granted":
                 batch.grant(self._id)
             case "given_up":

@@ -114,20 +114,25 @@ class Store:
         await _record.insert(connection, rows)
 
     async def claim_due(
-        self, connection: AsyncConnection, known: Iterable[tuple[str, int]], most: int, *, items: bool = True
+        self,
+        connection: AsyncConnection,
+        known: Iterable[tuple[str, int]],
+        most: int,
+        *,
+        now: datetime,
+        items: bool = True,
     ) -> dict[UUID, Instance]:
-        """Return instances whose deadline, or with `items` that of an item, has passed on the database's clock.
+        """Return instances whose deadline, or with `items` that of an item, has passed by `now`.
 
         They are locked, and others skip them. `known` are the names and versions of the sagas that the caller has the
         code of.
         """
-        now = self.clock.now()
         is_known = tuple_(saga_instance.c.saga, saga_instance.c.version).in_(list(known))
         own = _select().where(saga_instance.c.due_at <= now).order_by(saga_instance.c.due_at)
         overdue = (
             select(saga_item.c.saga_id)
             .join(saga_instance, saga_instance.c.id == saga_item.c.saga_id)
-            .where(saga_item.c.due_at <= now, text(f"saga_instance.{IN_FLIGHT}"))
+            .where(saga_item.c.due_at <= now, text(f"saga_instance.{IN_FLIGHT}"), is_known)
             .order_by(saga_item.c.due_at)
             .limit(most)
         )

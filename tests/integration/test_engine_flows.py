@@ -165,6 +165,10 @@ class Delivery(Saga):
     flow = sequence(each(numbers, ship, limit=3))
 
 
+class Dated(Delivery, deadline=86_400):
+    """Parcels that have a day, of which one may take a minute."""
+
+
 class Pack(Command):
     order: str
 
@@ -466,6 +470,26 @@ async def test_the_deadline_of_an_item_passes_for_it_alone(world: World) -> None
     assert (await world.instance("o-1")).reason == "ship[1] gave no answer in time"
     await ship_all(world, coordinator)
     assert (await world.instance("o-1")).status is Status.COMPENSATED
+
+
+async def test_the_deadline_of_an_item_does_not_hurry_that_of_its_saga(world: World) -> None:
+    coordinator = await world.coordinator(Dated)
+    await coordinator.take(envelope_of(Ordered(order="o-1", parcels=2)))
+    world.clock.advance(60)
+    assert await coordinator.engine.deadlines.fire() == 1
+    instance = await world.instance("o-1")
+    assert (instance.status, instance.reason) == (Status.COMPENSATING, "ship[0] gave no answer in time")
+    assert instance.updated_at == coordinator.store.clock.now()
+
+
+async def test_overdue_items_that_others_must_see_to_are_in_nobodys_way(world: World) -> None:
+    """Of a version, say, that no process has any more."""
+    coordinator, another = await world.coordinator(Delivery), await world.coordinator(Dated)
+    await coordinator.take(envelope_of(Ordered(order="o-1", parcels=3)))
+    world.clock.advance(1)
+    await another.take(envelope_of(Ordered(order="o-2", parcels=1)))
+    world.clock.advance(60)
+    assert await another.engine.deadlines.fire(2) == 1
 
 
 async def test_i10_two_coordinators_share_the_answers_to_one_fan_out(shared: World) -> None:

@@ -92,7 +92,8 @@ async def load(store: Store, *instances: Instance) -> dict[Any, Instance]:
 async def claim(store: Store, known: list[tuple[str, int]] = KNOWN, most: int = 100) -> list[str]:
     """Claim what is due and let it go again; return the keys."""
     async with transaction(store.engine) as connection:
-        return [instance.key for instance in (await store.claim_due(connection, known, most)).values()]
+        due = await store.claim_due(connection, known, most, now=store.clock.now())
+        return [instance.key for instance in due.values()]
 
 
 async def somebody_waits(store: Store, *, waiters: int = 1) -> None:
@@ -372,7 +373,7 @@ async def test_a_claimed_instance_is_whole(store: Store) -> None:
     due = made(due_at=START, steps={"hotel": at}, reason=TRICKY)
     await insert(store, due)
     async with transaction(store.engine) as connection:
-        assert await store.claim_due(connection, KNOWN, 10) == by_id(due)
+        assert await store.claim_due(connection, KNOWN, 10, now=START) == by_id(due)
 
 
 class WrongClock(ManualClock):
@@ -399,8 +400,8 @@ async def test_two_who_claim_at_once_get_different_instances_and_neither_waits(s
     await insert(shared, *instances)
     async with asyncio.timeout(PATIENCE), shared.engine.connect() as one, shared.engine.connect() as two:
         await shared.load(two, [instances[0].id])  # somebody decides on a reply
-        first = await shared.claim_due(one, KNOWN, 6)
-        second = await shared.claim_due(two, KNOWN, 100)
+        first = await shared.claim_due(one, KNOWN, 6, now=START)
+        second = await shared.claim_due(two, KNOWN, 100, now=START)
     assert len(first) == 6
     assert set(first).isdisjoint(second)
     assert {*first, *second} == {instance.id for instance in instances}
