@@ -27,9 +27,10 @@ test-containers:  ## run the tests of bus, schema and store against containers, 
 test-servers:
 	@$(DEV) python -m tests.support.servers install
 
-test-crash: test-servers  ## run the crash matrix in full, a minute of poison, 10,000 silent sagas, an upgrade of 1,000, a storm of timers, 100,000 random flows, a broker of three nodes
+test-crash: test-servers  ## run the crash matrix in full, a minute of poison, 10,000 silent sagas, an upgrade of 1,000, a storm of timers, 100,000 random flows, a broker of three nodes, a broker that is killed 100 times
 	CRASH_MATRIX=full POISON_SECONDS=60 SILENCE_SAGAS=10000 UPGRADE_SAGAS=1000 TIMER_STORM=100000 $(PYTEST) tests/acceptance/test_crash_matrix.py \
 	  tests/acceptance/test_poison.py tests/acceptance/test_silence.py tests/acceptance/test_upgrade.py tests/acceptance/test_timer_storm.py tests/nightly
+	BROKER_KILLS=100 $(PYTEST) tests/integration/test_broker_faults.py -k test_f16
 	SAGA_EXAMPLES=100000 $(PYTEST) tests/unit/test_flow_properties.py
 
 check:  ## lint, formatting, types, layers, purity

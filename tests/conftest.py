@@ -24,6 +24,10 @@ MARKERS = {
     "postgres": {"postgres", "pg_url", "private_postgres", "private_pg_url"},
 }
 
+# How long RabbitMQ waits, in milliseconds by default.
+TIMES = {"consumer_timeout": 1_800_000, "channel_tick_interval": 60_000}
+TIMES |= {"dead_letter_worker_publisher_confirm_timeout": 180_000}
+
 ServerT = TypeVar("ServerT", bound=Server)
 
 
@@ -107,6 +111,15 @@ def private_amqp_url(private_rabbitmq: RabbitMQ) -> Iterator[str]:
     """A fresh virtual host of the module's own broker."""
     with private_rabbitmq.vhost() as url:
         yield url
+
+
+@pytest.fixture
+def impatient_rabbitmq(private_rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
+    """A broker that waits for acknowledgements for a second, and for a dead letter's confirm as well."""
+    private_rabbitmq.control("eval", ", ".join(f"application:set_env(rabbit, {name}, 1000)" for name in TIMES) + ".")
+    yield private_rabbitmq
+    restore = ", ".join(f"application:set_env(rabbit, {name}, {time})" for name, time in TIMES.items())
+    private_rabbitmq.control("eval", f"{restore}.")
 
 
 @pytest.fixture

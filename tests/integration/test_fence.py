@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from uuid import UUID, uuid4
 
 import pytest
@@ -137,6 +138,21 @@ async def test_f45_an_undo_that_comes_first_succeeds_without_running_and_bars_it
         await stage.send(do(saga))
         assert await answer(stage) == (Direction.DO, Result.DECLINED)
     assert await stage.effects() == []
+
+
+@pytest.mark.parametrize("fenced", [True, False], ids=["in place", "taken away"])
+async def test_f45_only_the_fence_keeps_a_command_from_running_after_its_undo(database_url: str, fenced: bool) -> None:
+    """Without it the inbox hides nothing: the two are different messages."""
+    saga = uuid4()
+    async with open_stage(database_url) as stage:
+        stage.commands = {"charge.card"} if fenced else set()
+        await stage.start(charge_inside)
+        await stage.start(refund_inside)
+        for message in (undo(saga), do(saga), do(saga)):
+            await stage.send(message)
+            await answer(stage)
+        with nullcontext() if fenced else pytest.raises(AssertionError, match="^I4: "):
+            assert await stage.effects() == [], "I4: it was undone, and is done"
 
 
 async def test_an_undo_of_what_was_done_runs(stage: Stage) -> None:

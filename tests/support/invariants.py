@@ -8,6 +8,12 @@ from uuid import UUID
 
 Query = Callable[[str], list[tuple[Any, ...]]]
 
+GAPS = (
+    "SELECT i.id FROM saga_instance i JOIN saga_history h ON h.saga_id = i.id GROUP BY i.id, i.revision"
+    " HAVING count(*) <> i.revision OR max(h.revision) <> i.revision"
+)
+"""Sagas whose history is not one row for each revision (I10)."""
+
 
 def check_ledger(ask: Query, ask_outside: Query, placed: Iterable[UUID]) -> None:
     """Raise an AssertionError that names the invariant that does not hold.
@@ -32,11 +38,7 @@ def check_ledger(ask: Query, ask_outside: Query, placed: Iterable[UUID]) -> None
             assert status == "compensated", f"I1: {key} is {status}"
             undone = {"reserve": 1, "charge": 1, "refund": 1, "release": 1}
             assert effects[key] == undone, f"I3: {key}: {effects[key]}"
-    gaps = ask(
-        "SELECT i.id FROM saga_instance i JOIN saga_history h ON h.saga_id = i.id GROUP BY i.id, i.revision"
-        " HAVING count(*) <> i.revision OR max(h.revision) <> i.revision"
-    )
-    assert not gaps, "I10: a history has gaps"
+    assert not ask(GAPS), "I10: a history has gaps"
     replied = {name for (name,) in ask("SELECT message_id FROM saga_history WHERE kind = 'reply'")}
     assert len(replied) == sum(5 if state["number"] % 5 == 0 else 3 for _, state in sagas.values()), (
         "I9: one reply a step"

@@ -18,11 +18,17 @@ from events.service import cancel_all
 CHARGE = Address(Exchange.COMMANDS, "charge.card")
 PAYMENTS = Queue("payments", (CHARGE,))
 PATIENCE = 60  # seconds: a broker that was killed takes its time
+NEVER = 1e9  # seconds between the looks of a watchdog that is not to help
 
 
-def new_bus(url: str, **options: Any) -> RabbitMQBus:
+def new_bus(url: str, *, read_url: Callable[[], str] | None = None, **options: Any) -> RabbitMQBus:
     return RabbitMQBus(
-        url, application="tests", clock=SystemClock(), ids=TimeOrderedIds(), options=RabbitMQOptions(**options)
+        url,
+        read_url=read_url,
+        application="tests",
+        clock=SystemClock(),
+        ids=TimeOrderedIds(),
+        options=RabbitMQOptions(**options),
     )
 
 
