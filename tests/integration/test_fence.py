@@ -151,7 +151,7 @@ async def test_f45_only_the_fence_keeps_a_command_from_running_after_its_undo(da
         for message in (undo(saga), do(saga), do(saga)):
             await stage.send(message)
             await answer(stage)
-        with nullcontext() if fenced else pytest.raises(AssertionError, match="^I4: "):
+        with nullcontext() if fenced else pytest.raises(AssertionError, match=r"^I4: "):
             assert await stage.effects() == [], "I4: it was undone, and is done"
 
 
