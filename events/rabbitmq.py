@@ -8,7 +8,7 @@ not restored are found by a watchdog.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -16,16 +16,11 @@ from typing import TypeVar
 from aio_pika import DeliveryMode, Message, RobustConnection
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustChannel
 from aio_pika.exceptions import (
-    AuthenticationError,
-    ConnectionClosed,
     DeliveryError,
-    InvalidFrameError,
-    ProbableAuthenticationError,
 )
 from aio_pika.exceptions import PublishError as ReturnedError
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
-from yarl import URL
 
 from events import tracing
 from events.bus import DEAD_LETTERS, Consumer, Deliver, Exchange, Outgoing, Queue
@@ -33,19 +28,18 @@ from events.clock import Clock
 from events.codec import BATCH_TYPE
 from events.errors import BusClosedError, ConfigurationError, CoordinatorError, PublishError, UnroutableError
 from events.ids import Ids
+from events.rabbitmq_connection import Broker, is_blocked, is_closed, is_up
 from events.rabbitmq_consumer import RabbitMQConsumer
 from events.rabbitmq_topology import Topology, close_quietly, library_errors
+from events.rabbitmq_watchdog import Broken, Restart, Watchdog
 from events.rabbitmq_wire import tolerate_undecodable_properties
 from events.service import Supervisor, is_cancelled
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_Restart = Callable[[], Awaitable[None]]
-_HEARTBEAT = "10"
 _FORGET_STALL_AFTER = 60.0  # seconds without a publish; until then a process that publishes has asked again
 _LOOK_EVERY = 0.2  # seconds; only short looks at flags of this process
 _PUBLISH, _CONSUME = "publish", "consume"  # what a connection is for
-_PORTS = {"amqp": 5672, "amqps": 5671}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +93,16 @@ class RabbitMQBus:
         ids: Ids,
         options: RabbitMQOptions | None = None,
     ) -> None:
-        self._url = _parse(url)
-        self._read_url = read_url
         self._clock = clock
         self._ids = ids
-        self._options = options or RabbitMQOptions()
+        self._options = options = options or RabbitMQOptions()
+        self._broker = Broker(url, read_url=read_url, client_name=options.client_name, timeout=options.connect_timeout)
         self._application = application
         self._topology = Topology(
             namespace,
             application=application,
-            delivery_limit=self._options.delivery_limit,
-            timeout=self._options.connect_timeout,
+            delivery_limit=options.delivery_limit,
+            timeout=options.connect_timeout,
         )
         self._supervisor = Supervisor(clock)
         self._publishing: RobustConnection | None = None
@@ -122,7 +115,16 @@ class RabbitMQBus:
         self._consumers: list[RabbitMQConsumer] = []
         self._stalled = False
         self._stalled_at = 0.0
-        self._failures: dict[str, str] = {}  # what the watchdog could not mend, by its name
+        self._watchdog = Watchdog(
+            is_up=self._is_up,
+            renew=self._renew_url,
+            broken=self._broken,
+            reconcile=self._reconcile,
+            clock=clock,
+            every=options.watch_every,
+            reconcile_every=options.reconcile_every,
+            timeout=options.connect_timeout,
+        )
 
     # Bus
 
@@ -138,8 +140,8 @@ class RabbitMQBus:
         tolerate_undecodable_properties()
         try:
             async with asyncio.timeout(self._options.connect_timeout):
-                self._publishing = await self._connect(_PUBLISH)
-                self._consuming = await self._connect(_CONSUME)
+                self._publishing = await self._broker.connect(_PUBLISH)
+                self._consuming = await self._broker.connect(_CONSUME)
                 self._consuming.close_callbacks.add(self._forget_queues)
                 if self._application is not None:
                     self._queues[DEAD_LETTERS] = Queue(DEAD_LETTERS, ())
@@ -150,10 +152,10 @@ class RabbitMQBus:
             await self.close()
             if isinstance(error, TimeoutError):
                 raise BusClosedError(
-                    f"RabbitMQ at {self._place} did not answer within {self._options.connect_timeout:g} s"
+                    f"RabbitMQ at {self._broker.place} did not answer within {self._options.connect_timeout:g} s"
                 ) from error
             raise
-        self._supervisor.start("rabbitmq.watch", self._watch)
+        self._supervisor.start("rabbitmq.watch", self._watchdog.run)
         self._supervisor.start("rabbitmq.report", self._report_blocking)
 
     async def close(self) -> None:
@@ -166,7 +168,7 @@ class RabbitMQBus:
         self._publisher = None
         self._exchanges = {}
         self._queues = {}
-        self._failures.clear()
+        self._watchdog.failures.clear()
         # A channel closes in order behind the acknowledgements sent before; a connection would overtake them.
         for consumer in consumers:
             await consumer.close()
@@ -255,68 +257,30 @@ class RabbitMQBus:
             return self._obstacle
         if self._stalled and self._clock.monotonic() - self._stalled_at < _FORGET_STALL_AFTER:
             return "RabbitMQ does not confirm what is published"
-        return next(iter(self._failures.values()), None)
+        return next(iter(self._watchdog.failures.values()), None)
 
     # Connecting
 
     @property
-    def _place(self) -> str:
-        return f"{self._url.host}:{self._url.port}"
-
-    @property
     def _obstacle(self) -> str | None:
         """What makes a publish pointless now."""
-        if not _is_up(self._publishing):
-            return f"the connection to RabbitMQ at {self._place} is lost"
-        if _is_blocked(self._publishing):
+        if not is_up(self._publishing):
+            return f"the connection to RabbitMQ at {self._broker.place} is lost"
+        if is_blocked(self._publishing):
             return "RabbitMQ has blocked publishing: it is low on memory or disk space"
-        if _is_closed(self._publisher):
+        if is_closed(self._publisher):
             return "the channel to publish on is closed"
-        if not _is_up(self._consuming):
-            return f"the connection to RabbitMQ at {self._place} is lost"
+        if not is_up(self._consuming):
+            return f"the connection to RabbitMQ at {self._broker.place} is lost"
         if not self._declared:  # RabbitMQ may have lost the queues, and an event would find none
             return "the queues are not declared again yet"
         return None
 
-    def _url_to(self, purpose: str) -> URL:
-        name = f"{self._options.client_name} {purpose}"
-        return self._url.with_query({"heartbeat": _HEARTBEAT, **self._url.query, "name": name})
+    def _is_up(self) -> bool:
+        return is_up(self._publishing) and is_up(self._consuming)
 
     def _renew_url(self) -> None:
-        """Let aio-pika go on with the URL that is right by now."""
-        if self._read_url is None:
-            return
-        try:
-            self._url = _parse(self._read_url())
-        except ConfigurationError as error:
-            _log.error("the broker URL is not renewed: %s", error, extra={"action": "bus.url_not_renewed"})
-            return
-        for connection, purpose in ((self._publishing, _PUBLISH), (self._consuming, _CONSUME)):
-            if connection is not None and not _is_up(connection):
-                connection.url = self._url_to(purpose)
-
-    async def _connect(self, purpose: str) -> RobustConnection:
-        connection = RobustConnection(self._url_to(purpose), reconnect_interval=1)
-        try:
-            await connection.connect(timeout=self._options.connect_timeout)
-        except BaseException as error:
-            await close_quietly(connection.close(), within=1)
-            match error:
-                case AuthenticationError() | ProbableAuthenticationError():
-                    raise ConfigurationError(
-                        f"RabbitMQ at {self._place} refuses the user or the password of the broker URL"
-                    ) from error
-                case ConnectionClosed() | InvalidFrameError():
-                    vhost = self._url.path.removeprefix("/") or "/"
-                    raise ConfigurationError(
-                        f"RabbitMQ at {self._place} does not open vhost {vhost} for the user of the broker URL"
-                    ) from error
-                case OSError() if not isinstance(error, TimeoutError):
-                    raise BusClosedError(
-                        f"RabbitMQ at {self._place} cannot be reached ({error}); start it or correct the broker URL"
-                    ) from error
-            raise
-        return connection
+        self._broker.renew((self._publishing, _PUBLISH), (self._consuming, _CONSUME))
 
     async def _open_publisher(self) -> None:
         connection = _opened(self._publishing)
@@ -394,7 +358,7 @@ class RabbitMQBus:
     async def _send(self, message: Outgoing) -> None:
         exchange = self._exchanges.get(message.address.exchange)
         # Without this look aio-pika would wait for the connection, outside of the timeout.
-        if exchange is None or not (self._declared and _is_up(self._publishing)):
+        if exchange is None or not (self._declared and is_up(self._publishing)):
             raise ConnectionError("there is no connection to RabbitMQ")
         await exchange.publish(
             Message(
@@ -423,60 +387,43 @@ class RabbitMQBus:
         """Log once when RabbitMQ blocks publishing, and once when that is over."""
         while True:
             await self._clock.sleep(_LOOK_EVERY)
-            if not _is_blocked(self._publishing):
+            if not is_blocked(self._publishing):
                 continue
             _log.warning("%s; messages wait until it takes them again", self._obstacle, extra={"action": "bus.blocked"})
-            while _is_blocked(self._publishing):
+            while is_blocked(self._publishing):
                 await self._clock.sleep(_LOOK_EVERY)
             _log.warning("RabbitMQ no longer blocks publishing", extra={"action": "bus.unblocked"})
 
-    async def _watch(self) -> None:
-        """Start again what is broken at two looks in a row: aio-pika has had its time then."""
-        suspects: Mapping[_Restart, str] = {}
-        unserved: Mapping[_Restart, str] = {}
-        reconciled = self._clock.monotonic()
-        while True:
-            await self._clock.sleep(self._options.watch_every)
-            if not (_is_up(self._publishing) and _is_up(self._consuming)):
-                suspects = unserved = {}
-                self._failures.clear()
-                self._renew_url()
-                continue
-            suspects = await self._restart_known(await self._broken(), suspects)
-            if self._failures or self._clock.monotonic() - reconciled >= self._options.reconcile_every:
-                unserved = await self._restart_known(await self._reconcile(), unserved)
-                reconciled = self._clock.monotonic()
-
-    async def _broken(self) -> Mapping[_Restart, str]:
+    async def _broken(self) -> Broken:
         """Look at this side: channels that are closed, consumers that no channel knows."""
-        broken: dict[_Restart, str] = {}
-        if _is_closed(self._publisher):
+        broken: dict[Restart, str] = {}
+        if is_closed(self._publisher):
             broken[self._open_publisher] = "the publisher"
-        if _is_closed(self._declarer):
+        if is_closed(self._declarer):
             broken[self._open_declarer] = "the declarer of queues"
         for consumer in tuple(self._consumers):
             if await consumer.is_deaf():
                 broken[consumer.start] = f"the consumer of {consumer.queue.name}"
         return broken
 
-    async def _reconcile(self) -> Mapping[_Restart, str]:
+    async def _reconcile(self) -> Broken:
         """Look at the other side: make what was declared exist, and return the consumers that RabbitMQ lacks.
 
         It does not name the consumers that it has. One of ours is missing where there are none, and where messages wait
         but none comes to it: those of other processes may be too slow to hide that.
         """
-        unserved: dict[_Restart, str] = {}
+        unserved: dict[Restart, str] = {}
         for queue in tuple(self._queues.values()):
             try:
                 with library_errors(f"look at queue {queue.name}"):
                     async with asyncio.timeout(self._options.connect_timeout):
                         consumers, waiting = await self._declare_again(queue)
             except CoordinatorError as error:
-                if self._failures.get(queue.name) != str(error):
+                if self._watchdog.failures.get(queue.name) != str(error):
                     _log.error("%s", error, extra={"action": "bus.reconcile_failed", "queue": queue.name})
-                self._failures[queue.name] = str(error)
+                self._watchdog.failures[queue.name] = str(error)
                 continue
-            self._failures.pop(queue.name, None)
+            self._watchdog.failures.pop(queue.name, None)
             for consumer in self._consumers:
                 if consumer.queue.name != queue.name or consumer.is_cancelled:
                     continue
@@ -495,69 +442,8 @@ class RabbitMQBus:
         result = declared.declaration_result
         return result.consumer_count or 0, result.message_count or 0
 
-    async def _restart_known(
-        self, broken: Mapping[_Restart, str], before: Mapping[_Restart, str]
-    ) -> Mapping[_Restart, str]:
-        """Start again what is `broken` and was so `before`; return the former."""
-        for restart, name in before.items():
-            if restart in broken:
-                await self._restart(restart, name)
-            else:
-                self._failures.pop(name, None)
-        return broken
-
-    async def _restart(self, restart: _Restart, name: str) -> None:
-        _log.warning("%s was lost and is started again", name, extra={"action": "bus.restarted", "part": name})
-        try:
-            with library_errors(f"start {name} again"):
-                async with asyncio.timeout(self._options.connect_timeout):
-                    await restart()
-        except CoordinatorError as error:
-            _log.error("%s", error, extra={"action": "bus.restart_failed", "part": name})
-            self._failures[name] = str(error)
-        else:
-            self._failures.pop(name, None)
-
-
-def _parse(text: str) -> URL:
-    try:
-        url = URL(text)
-        readable = url.scheme in _PORTS and bool(url.host)
-        port = url.explicit_port
-    except ValueError:
-        readable, port, url = False, None, URL()
-    if not readable:
-        # Without the cause: the text of a parse error can hold the password.
-        raise ConfigurationError("the broker URL cannot be read; write amqp://user:password@host:5672/vhost")
-    return url if port else url.with_port(_PORTS[url.scheme])
-
 
 def _opened(part: _T | None) -> _T:
     if part is None:
         raise BusClosedError
     return part
-
-
-def _is_up(connection: RobustConnection | None) -> bool:
-    return connection is not None and not connection.is_closed and connection.connected.is_set()
-
-
-def _is_blocked(connection: RobustConnection | None) -> bool:
-    """Whether RabbitMQ has said on this connection that it reads no more publishes.
-
-    aiormq keeps that to itself, but its public `ready()` waits for the end of it. So one step of `ready()` tells.
-    """
-    if connection is None or connection.transport is None or not _is_up(connection):
-        return False
-    step = connection.transport.connection.ready()
-    try:
-        step.send(None)
-    except StopIteration:
-        return False
-    finally:
-        step.close()
-    return True
-
-
-def _is_closed(channel: AbstractChannel | None) -> bool:
-    return channel is None or channel.is_closed
