@@ -10,18 +10,12 @@ queue for the table of those that are tried again, and comes here from there.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from events.codec import Readable
-from events.database import is_refused, is_transient, transaction
-from events.envelope import Envelope, Result
-from events.errors import CoordinatorError, RejectedError
+from events.envelope import Envelope
+from events.errors import CoordinatorError
 from events.failpoints import failpoint
 from events.intake import Intake, Item, settle
 from events.message import Message
@@ -36,6 +30,8 @@ from handlers.flow import Flow
 from handlers.inbox import NOTHING, Inbox, Known
 from handlers.limits import Pace, Slots
 from handlers.outcome import Outcome, Progress
+from handlers.own_transaction import OwnTransaction
+from handlers.places import Places
 from handlers.recording import Recorder
 from handlers.retries import Parked, Waiting, row_of
 from handlers.tools import Tools
@@ -44,21 +40,6 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 256
 _DATABASE_PAUSE = 0.5
-_LOST_IN_A_ROW = 4  # so often a try is made anew whose connection was lost
-
-T = TypeVar("T")
-
-
-class _LostRaceError(Exception):
-    """Another process has recorded the message meanwhile: what was done here must be rolled back."""
-
-
-class _HandlersOwnError(Exception):
-    """Not the database's: a third party that is away, or a lock that somebody holds, burns an attempt like others."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
 
 
 class HandlerRunner:
@@ -78,7 +59,6 @@ class HandlerRunner:
         self.handler = handler
         self.answers = Answers(handler, source=source, tools=tools)
         self.execution = Execution(handler, registry, self.answers, tools=tools, circuit=circuit)
-        self._registry = registry
         self._tools = tools
         self._circuit = circuit
         self._clock = tools.clock
@@ -103,6 +83,10 @@ class HandlerRunner:
         )
         self.slots = Slots(handler.concurrency)
         self.pace = Pace(tools.clock)
+        self._places = Places(handler, registry=registry, slots=self.slots, tools=tools)
+        self._own_transaction = OwnTransaction(
+            handler.name, execution=self.execution, inbox=self._inbox, recorder=self._recorder, tools=tools
+        )
         self._probe: UUID | None = None  # the message that is to find out if the dependency is back
         self._running: dict[UUID, list[Item]] = {}  # keys in work, each with duplicates that wait for it
         self._released: set[UUID] = set()  # keys that were in work when the batch was looked up, and are no more
@@ -215,7 +199,7 @@ class HandlerRunner:
         keys += [command for envelope in envelopes if (command := fence.undone_by(envelope)) is not None]
         if not keys:
             return NOTHING
-        return await self._until_database_answers(lambda: self._inbox.find(keys))
+        return await self._tools.until_database_answers(self.handler.name, lambda: self._inbox.find(keys))
 
     async def _begin(self, item: Item, known: Known, *, at_once: bool = False) -> bool:
         """Begin to work on `item`; return False if it must not begin now."""
@@ -261,14 +245,16 @@ class HandlerRunner:
     # Running
 
     async def _run(self, item: Item, envelope: Envelope, doubted: UUID | None, *, at_once: bool) -> None:
-        once = self._once_in_transaction if self.handler.session_parameter else self._once
+        once = self._own_transaction.run if self.handler.session_parameter else self._once
         try:
-            async with self._place(envelope, at_once=at_once):
+            async with self._places.of(envelope, at_once=at_once):
                 if not self._may_run(envelope, at_once=at_once):
                     await self._leave(item, envelope, at_once=at_once)
                     return
                 if doubted is not None:  # what it undoes is not begun from now on, and what has begun speaks for itself
-                    await self._until_database_answers(lambda: self._recorder.call_off(doubted))
+                    await self._tools.until_database_answers(
+                        self.handler.name, lambda: self._recorder.call_off(doubted)
+                    )
                 item.begun = True
                 outcome = await self.execution.run(
                     item, envelope, lambda message, context: once(item, envelope, message, context)
@@ -316,109 +302,10 @@ class HandlerRunner:
             return not self.flow.paused
         return self.flow.is_free
 
-    @asynccontextmanager
-    async def _place(self, envelope: Envelope, *, at_once: bool) -> AsyncIterator[None]:
-        """Hold what a message needs to run: its turn among those of its key, a slot, and no one who must be alone."""
-        key = None if self.handler.key is None else self._key_of(envelope, self.handler.key)
-        async with AsyncExitStack() as stack:
-            while not await self._take_place(stack, key, at_once=at_once):
-                await stack.aclose()
-                async with self._tools.isolation.shared():
-                    pass
-            yield
-
-    async def _take_place(self, stack: AsyncExitStack, key: str | None, *, at_once: bool) -> bool:
-        """Take what is to be held into `stack`; return False if it must be given back until nobody is alone."""
-        if key is not None:
-            await stack.enter_async_context(self._tools.keys.of(f"{self.handler.name}:{key}"))
-        if not at_once:
-            if self.handler.key is not None:
-                await self.slots.acquire()
-            stack.callback(self.slots.release)
-            if key is not None and self._tools.isolation.is_taken:  # who is alone may wait for this very key
-                return False
-            await stack.enter_async_context(self._tools.isolation.shared())
-        return True
-
-    def _key_of(self, envelope: Envelope, key: Callable[[Message], object]) -> str | None:
-        try:
-            return str(key(self._registry.read(envelope)))
-        except RejectedError:
-            return None  # it is no message, as will be found in a moment
-        except Exception as error:  # noqa: BLE001  # a function of the user's
-            logger.warning(
-                "the key of %s for %s cannot be told: %r",
-                envelope.id,
-                self.handler.name,
-                error,
-                extra={"action": "handler.no_key", "handler": self.handler.name},
-            )
-            return None
-
     async def _once(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
         outcome = await self.execution.call(item, envelope, message, context, None)
         await failpoint("handler.after_run")
         return outcome
-
-    async def _once_in_transaction(self, item: Item, envelope: Envelope, message: Message, context: Context) -> Outcome:
-        begun = 0
-
-        def begin() -> None:
-            nonlocal begun
-            begun += 1
-
-        async def work() -> Outcome:
-            if begun and (await self._inbox.find([envelope.key])).recorded:  # only the answer to the commit was lost
-                return Outcome(item, envelope, Result.SUCCEEDED, progress=Progress.LOST)
-            before = begun
-            try:
-                return await self._transact(item, envelope, message, context, begin)
-            except _HandlersOwnError:
-                raise
-            except Exception as error:
-                # Where each try loses its connection, though the database answers in between, the handler does it.
-                if begun > before and (is_refused(error) or begun > _LOST_IN_A_ROW):
-                    raise _HandlersOwnError(error) from error
-                raise
-
-        try:
-            return await self._until_database_answers(work)
-        except _HandlersOwnError as own:
-            error = own.error
-        raise error
-
-    async def _transact(
-        self, item: Item, envelope: Envelope, message: Message, context: Context, begin: Callable[[], None]
-    ) -> Outcome:
-        context.published.clear()
-        try:
-            async with self._tools.sessions.one(), transaction(self._tools.engine) as connection:
-                begin()
-                async with AsyncSession(bind=connection, expire_on_commit=False) as session:
-                    outcome = await self._call(item, envelope, message, context, session)
-                    await session.flush()
-                    kept, after_commit = await self._recorder.store(connection, [outcome], has_run=False)
-                if not kept:
-                    raise _LostRaceError  # noqa: TRY301  # it must pass the transaction to roll it back
-                await failpoint("handler.before_commit")
-        except _LostRaceError:
-            return Outcome(item, envelope, Result.SUCCEEDED, progress=Progress.LOST)
-        await failpoint("handler.after_commit")
-        after_commit()
-        await settle([item])
-        await failpoint("handler.after_ack")
-        outcome.progress = Progress.COMMITTED
-        return outcome
-
-    async def _call(
-        self, item: Item, envelope: Envelope, message: Message, context: Context, session: AsyncSession
-    ) -> Outcome:
-        try:
-            return await self.execution.call(item, envelope, message, context, session)
-        except SQLAlchemyError:
-            raise
-        except Exception as error:
-            raise _HandlersOwnError(error) from error
 
     # Committing
 
@@ -475,7 +362,9 @@ class HandlerRunner:
 
     async def _commit(self, outcomes: Sequence[Outcome]) -> None:
         try:
-            kept, after_commit = await self._until_database_answers(lambda: self._recorder.commit(outcomes))
+            kept, after_commit = await self._tools.until_database_answers(
+                self.handler.name, lambda: self._recorder.commit(outcomes)
+            )
         except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop the others
             if len(outcomes) > 1:  # one of them spoils the batch: find it
                 for outcome in outcomes:
@@ -515,19 +404,3 @@ class HandlerRunner:
             outcome.again = None
         else:
             outcome.messages, outcome.reply = [], None
-
-    async def _until_database_answers(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do `work`; while the database is away, or wants it done again, do it again. No attempt is burned."""
-        while True:
-            try:
-                return await work()
-            except Exception as error:
-                if is_cancelled() or not is_transient(error):
-                    raise  # a driver's clean-up may have turned our cancel into an error of its own
-                logger.warning(
-                    "%s waits for the database: %s",
-                    self.handler.name,
-                    error,
-                    extra={"action": "handler.database_away"},
-                )
-            await self._clock.sleep(_DATABASE_PAUSE)

@@ -1,7 +1,9 @@
 """What the handlers of one process share."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dishka import AsyncContainer
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -9,13 +11,19 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from events.bus import Bus
 from events.clock import Clock
 from events.codec import Limits
-from events.database import room_for_long
+from events.database import is_transient, room_for_long
 from events.ids import Ids, Random
 from events.outbox import Outbox
+from events.service import is_cancelled
 from handlers.fence import Fence
 from handlers.keys import KeyLocks
 from handlers.limits import Isolation, Slots
 from handlers.retries import Retries
+
+logger = logging.getLogger(__name__)
+
+_DATABASE_PAUSE = 0.5
+_T = TypeVar("_T")
 
 
 def _nobody() -> None:
@@ -56,3 +64,19 @@ class Tools:
 
     def __post_init__(self) -> None:
         self.sessions = Slots(room_for_long(self.engine))
+
+    async def until_database_answers(self, handler: str, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do `work`; while the database is away, or wants it done again, do it again. No attempt is burned."""
+        while True:
+            try:
+                return await work()
+            except Exception as error:
+                if is_cancelled() or not is_transient(error):
+                    raise  # a driver's clean-up may have turned our cancel into an error of its own
+                logger.warning(
+                    "%s waits for the database: %s",
+                    handler,
+                    error,
+                    extra={"action": "handler.database_away"},
+                )
+            await self.clock.sleep(_DATABASE_PAUSE)
