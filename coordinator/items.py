@@ -78,7 +78,8 @@ class Items:
                 if number is None or before.get(name) == at:
                     continue
                 identity, document = id_of(instance.id, name), at.to_json()
-                due_at = at.due_at if instance.status.in_flight else None
+                # One that needs attention may go on, with the deadlines that it has then.
+                due_at = None if instance.status.ended else at.due_at
                 if name in before:
                     changed.append((identity, at.status.value, document, due_at))
                 else:

@@ -8,10 +8,12 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Table, func, select
 
+from coordinator.decision import Verb
 from coordinator.definition import Saga
 from coordinator.facts import child_id
 from coordinator.flow import each, sequence
 from coordinator.instance import Instance, Status, StepStatus
+from coordinator.operator import Operator
 from coordinator.search import Query
 from coordinator.steps import compensated, completed, starts_on, step
 from coordinator.store import Store
@@ -21,7 +23,7 @@ from coordinator.waits import awaits, delay
 from events.database import transaction
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
-from events.message import Command, Event, Message, Refused, Reply, Succeeded
+from events.message import Command, Event, Failed, Message, Refused, Reply, Succeeded
 from tests.support.engines import SMALL, Coordinator, World, actions, envelope_of, open_world
 from tests.support.flows import START, count_rows, until
 
@@ -167,6 +169,31 @@ class Delivery(Saga):
 
 class Dated(Delivery, deadline=86_400):
     """Parcels that have a day, of which one may take a minute."""
+
+
+class Posting(Saga):
+    """Parcels that are shipped whatever comes, once they are paid for."""
+
+    order: str
+    parcels: int
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order, parcels=event.parcels)
+
+    @step(pivot=True)
+    def charge(self) -> Reserve:
+        return Reserve(order=self.order)
+
+    def numbers(self) -> list[int]:
+        return list(range(self.parcels))
+
+    @step(timeout=60)
+    def ship(self, item: int) -> ShipParcel:
+        return ShipParcel(parcel=item)
+
+    flow = sequence(charge, each(numbers, ship))
 
 
 class Pack(Command):
@@ -480,6 +507,23 @@ async def test_the_deadline_of_an_item_does_not_hurry_that_of_its_saga(world: Wo
     instance = await world.instance("o-1")
     assert (instance.status, instance.reason) == (Status.COMPENSATING, "ship[0] gave no answer in time")
     assert instance.updated_at == coordinator.store.clock.now()
+
+
+async def test_an_item_that_fails_while_a_person_must_look_at_another_is_tried_anew(world: World) -> None:
+    coordinator = await world.coordinator(Posting)
+    await coordinator.take(envelope_of(Ordered(order="o-1", parcels=2)))
+    [charge] = await world.sent("reserve")
+    await coordinator.take(answer(charge))
+    first, second = await world.sent("ship.parcel")
+    await coordinator.take(answer(first, Refused(reason="no"), Result.DECLINED))
+    assert (await world.instance("o-1")).status is Status.NEEDS_ATTENTION
+    await coordinator.take(answer(second, Failed(code="failed", reason="no", attempts=1), Result.FAILED))
+    operator = Operator(coordinator.engine, coordinator.store, world.clock)
+    await operator.act("o-1", Verb.RETRY, by="ada", why="a test", step="ship[0]")
+    world.clock.advance(30)
+    await coordinator.engine.deadlines.fire()
+    asked = [(each.saga.step, each.saga.attempt) for each in await world.sent("ship.parcel") if each.saga]
+    assert asked == [("ship[0]", 1), ("ship[1]", 1), ("ship[0]", 2), ("ship[1]", 2)]
 
 
 async def test_overdue_items_that_others_must_see_to_are_in_nobodys_way(world: World) -> None:
