@@ -66,7 +66,7 @@ class Arrivals:
         except Exception as error:  # noqa: BLE001  # the class of the event may be another one by now
             self._batch.reject(item, error)
             return True
-        standing = [each for one in found if one.saga == saga for each in self._facts.standing.get(one.id, [])]
+        standing = [each for one in found if one.saga == saga for each in self._batch.waiting(one.id)]
         here = [each for each in standing if self._has_version(each[0])]
         concerned = [each for each in here if self._happen(item, part.envelope, event, *each)]
         return bool(concerned)
@@ -105,9 +105,10 @@ class Arrivals:
 
     def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> bool:
         """Give an event to the instances that wait for it, or have waited; say whether it is theirs, or will be."""
-        waiting = self._facts.standing.get(correlation.id, [])
+        waiting = self._batch.waiting(correlation.id)
         if correlation.key is not None and not waiting:
-            named = self._facts.by_key.get((correlation.saga, correlation.key))
+            stood = self._facts.standing.get(correlation.id)  # another message of this batch was faster
+            named = stood[0][0] if stood else self._facts.by_key.get((correlation.saga, correlation.key))
             if (over := self._batch.current.get(named) if named else None) and over.status is Status.ARCHIVED:
                 about = (envelope.type, envelope.id, over.saga, over.key)
                 self._batch.note("%s %s is for %s %s, which is archived", *about, action="saga.archived_event")

@@ -18,7 +18,7 @@ from coordinator.instance import Instance, Status, StepStatus
 from coordinator.outgoing import Outgoing
 from coordinator.sagas import CONSUMER, SagaKey, Sagas, UnknownSagaError, holding
 from coordinator.transfer import transfer
-from coordinator.waiting import Begun, ParkedEvent
+from coordinator.waiting import Begun, ParkedEvent, correlation_id
 from events import tracing
 from events.codec import Readable
 from events.dead_letters import DeadLetter, error_type_of, stack_of
@@ -90,6 +90,7 @@ class Batch:
         self.letters: list[DeadLetter] = []
         self.joining: dict[UUID, str] = {}
         self.held: list[Waiting] = []
+        self._standing: dict[UUID, list[tuple[UUID, str]]] = {}
         self._keys: dict[UUID, tuple[str, str]] = {}  # of new instances
         self._notes: list[Note] = []
         self._refusals: list[tuple[UUID, Outbound]] = []
@@ -229,6 +230,11 @@ class Batch:
         """Return an instance that was loaded or is new."""
         return self.current.get(identity) or (self.new[self._keys[identity]] if identity in self._keys else None)
 
+    def waiting(self, correlation: UUID) -> list[tuple[UUID, str]]:
+        """Return the loaded instances and steps that wait for an event by now, after what was decided."""
+        known = [*self.facts.standing.get(correlation, ()), *self._standing.get(correlation, ())]
+        return [(saga_id, name) for saga_id, name in known if self._waits(saga_id, name)]
+
     def keep(self, decision: Decision, messages: Iterable[Outbound], recorded: str | None) -> None:
         """Keep what was decided, with its row of the history, whose hash the instance has."""
         instance = self._record(decision, recorded)
@@ -247,6 +253,9 @@ class Batch:
         for each in decision.waits:
             begun = Begun(instance.id, instance.saga, each.step, events[each.step], each.values)
             self.begun[instance.id, each.step] = begun
+            for event in events[each.step] if instance.id in self.loaded else ():
+                correlation = correlation_id(begun.saga, event, begun.values)
+                self._standing.setdefault(correlation, []).append((instance.id, each.step))
         for step in decision.over:
             if self.begun.pop((instance.id, step), None) is None:
                 self.over.append((instance.id, step, events[step]))
@@ -305,6 +314,10 @@ class Batch:
         """Say what has happened; to be called after the commit, since only then it has."""
         for note in self._notes:
             note()
+
+    def _waits(self, saga_id: UUID, name: str) -> bool:
+        at = self.current[saga_id].steps.get(name) if saga_id in self.current else None
+        return at is not None and at.status is StepStatus.WAITING
 
     def _refuse_child(self, instance: Instance) -> None:
         """Another saga has the business key of a child: its parent must know."""

@@ -62,7 +62,8 @@ class EarlyEvents:
             try:
                 while await self.take() == _BATCH:
                     pass
-                await self._expire()
+                while await self._expire() == _BATCH:
+                    pass
             except Exception as error:
                 if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
                     raise
@@ -81,7 +82,10 @@ class EarlyEvents:
             matched.cancel()
 
     async def take(self, most: int = _BATCH) -> int:
-        """Give parked events to the instances that wait for them by now; return how many were done with."""
+        """Give parked events to the instances that wait for them by now; return how many there were, 0 for none taken.
+
+        Of several for one part of a flow the first is taken: the others are early for whoever waits next.
+        """
         try:
             return await self._take(most)
         except Exception as error:
@@ -104,11 +108,12 @@ class EarlyEvents:
             facts = await self._lookups.of_messages(connection, [item for _, item in items], lock=True)
             arrivals = Arrivals(batch := self._writer.batch(facts))
             done = [row.id for row, item in items if arrivals.take_parked(row.saga, item)]
+            await self._writer.settle_lines(connection, batch, grant=most > 1)
             async with together(connection):
                 await self._waiters.remove(connection, done)
                 after_commit = await self._writer.write(connection, batch)
         after_commit()
-        return len(done)
+        return len(rows) if done else 0
 
     async def _bury(self, error: Exception) -> int:
         """Give up on the first early event: what it causes cannot be stored."""
@@ -122,9 +127,10 @@ class EarlyEvents:
         after_commit()
         return len(rows)
 
-    async def _expire(self) -> None:
+    async def _expire(self) -> int:
         async with transaction(self._engine) as connection:
             expired = await self._waiters.expire(connection, self._store.clock.now(), _BATCH)
         for row in expired:
             extra = {"action": "engine.parked_expired", "event": row.event, "saga": row.saga}
             logger.warning("no %s has waited in time for %s", row.saga, row.event, extra=extra)
+        return len(expired)

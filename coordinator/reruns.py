@@ -21,7 +21,8 @@ from coordinator.facts import Facts
 from coordinator.instance import Instance, Origin, Status, StepState, item_name, step_and_item
 from coordinator.items import LOOK, fans_of, next_items
 from coordinator.sagas import Sagas
-from coordinator.waiting import correlations
+from coordinator.waiting import correlation_id
+from coordinator.waits import Wait
 from events.codec import BATCH_TYPE, Limits, bundle_body
 from events.envelope import Direction, Envelope, Result, SagaLink
 from events.errors import CoordinatorError, RejectedError
@@ -258,9 +259,12 @@ class _Rerun:
         event = sagas.registry.read(envelope)
         if not isinstance(event, Event):
             raise UnclearError(f"{envelope.type} is no event")
-        found = correlations(sagas.awaited.get(envelope.type, []), event)
-        standing = {each.id: [(self._id, row["step"])] for each in found if each.wait.name == row["step"]}
-        return Facts(loaded, standing)
+        definition = self._definitions[self._document["saga"], self._version]
+        wait = definition.by_name.get(row["step"])
+        if not isinstance(wait, Wait):
+            return Facts(loaded)
+        values = wait.values_of(event, of_event=True)
+        return Facts(loaded, {correlation_id(definition.name, event.message_type, values): [(self._id, wait.name)]})
 
     def _with_times(self, instance: Instance, row: Document) -> Instance:
         """Return the instance with the deadlines that it had then."""

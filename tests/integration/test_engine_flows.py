@@ -14,11 +14,13 @@ from coordinator.facts import child_id
 from coordinator.flow import each, sequence
 from coordinator.instance import Instance, Status, StepStatus
 from coordinator.operator import Operator
+from coordinator.reruns import rerun
 from coordinator.search import Query
 from coordinator.steps import compensated, completed, starts_on, step
 from coordinator.store import Store
 from coordinator.tables import parked_event, saga_history, saga_instance, saga_item, saga_wait
 from coordinator.timers import find_timers
+from coordinator.views import document_of
 from coordinator.waits import awaits, delay
 from events.database import transaction
 from events.derive import derive_id
@@ -115,6 +117,28 @@ class Strict(Saga):
     def audited(self, event: Audited) -> None: ...
 
     flow = sequence(paid, audited)
+
+
+class Instalments(Saga):
+    """Waits for two events of one type, one after the other."""
+
+    order: str
+    paid: str = ""
+
+    @starts_on(Ordered)
+    @classmethod
+    def ordered(cls, event: Ordered) -> Self:
+        return cls(order=event.order)
+
+    @awaits(Paid, by="order")
+    def first(self, event: Paid) -> None:
+        self.paid += event.payment
+
+    @awaits(Paid, by="order")
+    def second(self, event: Paid) -> None:
+        self.paid += event.payment
+
+    flow = sequence(first, second)
 
 
 class Hopeless(Saga):
@@ -414,6 +438,60 @@ async def test_a_wait_that_is_called_off_waits_no_more(world: World) -> None:
     [release] = await world.sent("release")
     await coordinator.take(answer(release))
     assert (await world.instance("o-1")).status is Status.COMPENSATED
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_each_of_two_events_is_for_the_part_that_waits_then(world: World, *, together: bool) -> None:
+    """Whether they come in one batch or not."""
+    coordinator = await world.coordinator(Instalments)
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+    events = [envelope_of(Paid(order="o-1", payment=payment)) for payment in ("a", "b", "c")]
+    for batch in [events] if together else [[event] for event in events]:
+        await coordinator.take(*batch)
+    instance = await world.instance("o-1")
+    assert (instance.status, instance.state["paid"]) == (Status.COMPLETED, "ab")
+    assert await world.history("o-1") == ["started", "event", "event", "late_event"]
+    assert await rows(world, parked_event) == 0
+    document = document_of(instance, await coordinator.store.history(instance.id))
+    assert rerun([Instalments.definition], document) is None
+
+
+async def test_of_two_early_events_each_finds_its_part(world: World) -> None:
+    coordinator = await world.coordinator(Instalments)
+    await coordinator.take(*(envelope_of(Paid(order="o-1", payment=payment)) for payment in ("a", "a")))
+    await coordinator.take(envelope_of(Ordered(order="o-1")))
+
+    async def are_handed_over() -> bool:
+        return await rows(world, parked_event) == 0
+
+    await until(are_handed_over)
+    assert (await world.instance("o-1")).state["paid"] == "aa"
+    assert await world.history("o-1") == ["started", "event", "event"]
+
+
+async def test_an_early_event_that_one_before_it_has_taken_the_place_of_is_kept(world: World) -> None:
+    coordinator = await world.coordinator(Waiting)
+    await coordinator.take(*(envelope_of(Audited(payment="p-1")) for _ in range(2)))
+    await begin(world, coordinator)
+    await coordinator.take(envelope_of(Paid(order="o-1", payment="p-1")))
+
+    async def one_is_handed_over() -> bool:
+        return await rows(world, parked_event) == 1
+
+    await until(one_is_handed_over)
+    assert await world.history("o-1") == ["started", "reply", "event", "event"]
+
+
+async def test_early_events_are_dropped_in_time_however_many_there_are(world: World) -> None:
+    coordinator = await world.coordinator(Waiting)
+    await coordinator.take(*(envelope_of(Audited(payment=f"p-{number}")) for number in range(600)))
+    await world.clock.asleep(5)
+    world.clock.advance(101)
+
+    async def all_are_gone() -> bool:
+        return await rows(world, parked_event) == 0
+
+    await until(all_are_gone)
 
 
 async def test_an_event_and_a_wait_that_miss_each_other_are_brought_together(shared: World) -> None:

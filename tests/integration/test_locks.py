@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from coordinator import Query, Saga, Status, Verb, sequence, starts_on, step
+from coordinator import Query, Saga, Status, Verb, awaits, sequence, starts_on, step
 from coordinator.lines import Lines, Place
 from coordinator.operator import Operator
 from coordinator.tables import saga_lock
@@ -20,7 +20,7 @@ from events.envelope import Direction, Envelope, Result
 from events.failpoints import armed
 from events.message import Failed
 from tests.support.engines import Coordinator, Hold, World, envelope_of, reply
-from tests.support.flows import PATIENCE, count_rows, open_store
+from tests.support.flows import PATIENCE, count_rows, open_store, until
 
 
 class PaymentWanted(Event):
@@ -82,6 +82,27 @@ class Closure(Saga, lock="account"):
         return Close(closure=self.closure)
 
     flow = sequence(close)
+
+
+class Confirmed(Event):
+    order: str
+
+
+class Confirmation(Saga, lock="account"):
+    """Ends with an event."""
+
+    closure: str
+    account: str
+
+    @starts_on(ClosureWanted)
+    @classmethod
+    def wanted(cls, event: ClosureWanted) -> Self:
+        return cls(closure=event.closure, account=event.account)
+
+    @awaits(Confirmed, by={"order": "closure"})
+    def confirmed(self, event: Confirmed) -> None: ...
+
+    flow = sequence(confirmed)
 
 
 def pay(payment: str, account: str = "a-1") -> Envelope:
@@ -235,6 +256,19 @@ async def test_the_deadline_counts_from_the_turn_unless_an_operator_sets_one(
     assert await coordinator.engine.deadlines.fire() == 1
     assert await statuses(world, "p-1", "p-2", "p-3") == ["running", "compensated", "waiting"]
     assert (await world.instance("p-2")).steps == {}
+
+
+async def test_an_early_event_that_ends_the_holder_starts_the_next(world: World) -> None:
+    coordinator = await world.coordinator(Confirmation)
+    await coordinator.take(envelope_of(Confirmed(order="c-1")))
+    await coordinator.take(close("c-1"), close("c-2"))
+
+    async def has_ended() -> bool:
+        return await statuses(world, "c-1") == ["completed"]
+
+    await until(has_ended)
+    assert await statuses(world, "c-2") == ["running"]
+    assert await count_rows(world.engine, saga_lock) == 1
 
 
 async def test_duplicate_starts_stand_in_line_once(world: World, coordinator: Coordinator) -> None:
