@@ -10,6 +10,7 @@ from sqlalchemy import MetaData
 from coordinator.definition import Saga, SagaDefinition
 from coordinator.lifecycles.definition import Lifecycle
 from coordinator.sagas import Sagas
+from events.bus import Queue
 from events.errors import DefinitionError
 from events.message import Command, Message
 from events.registry import Registry
@@ -57,7 +58,7 @@ class App:
         commands = [handler.message for handler in self.handlers if issubclass(handler.message, Command)]
         if twice := {command.__name__ for command in commands if commands.count(command) > 1}:
             raise DefinitionError(f"app {self.name}: {', '.join(sorted(twice))} has two handlers; a command has one")
-        children = Sagas(saga.definition for saga in self.sagas)
+        children = self.coordinated
         for command in commands:
             if command.message_type in children.children or command.message_type in children.undoing:
                 raise DefinitionError(
@@ -86,6 +87,17 @@ class App:
     def definitions(self) -> list[SagaDefinition]:
         """All versions of all sagas, the retired ones, too."""
         return [saga.definition for saga in (*self.sagas, *self.retired)]
+
+    @property
+    def coordinated(self) -> Sagas:
+        """All sagas, as a coordinator looks them up."""
+        retired = (saga.definition for saga in self.retired)
+        return Sagas((saga.definition for saga in self.sagas), retired, application=self.name)
+
+    @property
+    def queues(self) -> list[Queue]:
+        """All queues that its processes consume: those of its handlers, and those of its coordinator."""
+        return [handler.queue for handler in self.handlers] + self.coordinated.queues
 
     @property
     def registry(self) -> Registry:

@@ -101,7 +101,7 @@ class Arrivals:
             decision = start(definition, given)
             instance = decision.instance
             span.set_attributes({"saga.id": str(instance.id), "saga.key": instance.key, "saga.name": instance.saga})
-            return decision, self._ports.outgoing(envelope.id, traceparent).of(decision)
+            return decision, self._batch.outgoing(envelope.id, traceparent).of(decision)
 
     def _hand_over(self, item: Item, envelope: Envelope, event: Event, correlation: Correlation) -> bool:
         """Give an event to the instances that wait for it, or have waited; say whether it is theirs, or will be."""
@@ -185,7 +185,7 @@ class Arrivals:
             Result.SUCCEEDED,
             Succeeded(),
         )
-        self._batch.messages.append((identity, self._ports.outgoing(envelope.id, envelope.traceparent).answer(undone)))
+        self._batch.messages.append((identity, self._batch.outgoing(envelope.id, envelope.traceparent).answer(undone)))
 
     def _take_reply(self, item: Item, part: Readable, saga: SagaLink) -> None:
         if saga.result is None:

@@ -52,10 +52,6 @@ class Ports:
     time: Callable[[], datetime]
     ids: Ids
 
-    def outgoing(self, cause: str | None, traceparent: str | None) -> Outgoing:
-        """Return what makes messages of decisions that follow from the message `cause`."""
-        return Outgoing(self.source, self.time, cause, traceparent)
-
 
 class Batch:
     """Messages and deadlines decided on together.
@@ -159,7 +155,7 @@ class Batch:
         old, parent = self.sagas.of(instance), tracing.context_of(instance.traceparent)
         with tracing.span(f"saga {instance.saga}: migrated to version {to.version}", parent=parent) as span:
             decision = transfer(old, to, instance, by=by, why=why, now=self.ports.now())
-            messages = self.ports.outgoing(None, tracing.traceparent_of(span)).of(decision)
+            messages = self.outgoing(None, tracing.traceparent_of(span)).of(decision)
         self.keep(decision, messages, None)
 
     # What its callers decide with
@@ -191,7 +187,7 @@ class Batch:
             decision = decide(definition, instance, given)
             if decision is None:
                 return
-            messages = self.ports.outgoing(cause, tracing.traceparent_of(span)).of(decision)
+            messages = self.outgoing(cause, tracing.traceparent_of(span)).of(decision)
             self.keep(decision, messages, recorded)
             if decision.instance.status is Status.NEEDS_ATTENTION:
                 tracing.mark_failed(span, decision.instance.reason or "")
@@ -290,6 +286,11 @@ class Batch:
         reopens = row.dead_letter_id if row else None
         self.letters.append(DeadLetter(item, CONSUMER, reason, detail, error_type=error_type, reopens=reopens))
 
+    def outgoing(self, cause: str | None, traceparent: str | None) -> Outgoing:
+        """Return what makes messages of decisions that follow from the message `cause`."""
+        ports = self.ports
+        return Outgoing(ports.source, self.sagas.reply_address, time=ports.time, cause=cause, traceparent=traceparent)
+
     def note(self, text: str, *about: str, action: str) -> None:
         """Log something after the commit."""
         self._notes.append(lambda: logger.info(text, *about, extra={"action": action}))
@@ -334,7 +335,7 @@ class Batch:
             Result.FAILED,
             failed,
         )
-        self._refusals.append((instance.id, self.ports.outgoing(None, instance.traceparent).answer(answer)))
+        self._refusals.append((instance.id, self.outgoing(None, instance.traceparent).answer(answer)))
 
     def _record(self, decision: Decision, given: str | None) -> Instance:
         """Append a transition to the history; return the instance, which keeps the hash of its last one."""

@@ -28,7 +28,7 @@ from coordinator.lifecycle_commands import lifecycles
 from coordinator.lines import Lines
 from coordinator.loading import load_app
 from coordinator.node import Node, open_bus, open_reading, open_schema
-from coordinator.publishing import publish_lines, queues_of
+from coordinator.publishing import publish_lines
 from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
 from coordinator.settings import load_settings
 from coordinator.store import Store
@@ -160,7 +160,7 @@ def publish(
         raise ConfigurationError(f"there is no file {file}")
 
     async def work() -> bool:
-        name, queues = (loaded.name, queues_of(loaded)) if loaded else (None, [])
+        name, queues = (loaded.name, loaded.queues) if loaded else (None, [])
         async with (
             open_schema(settings) as engine,
             open_bus(settings, engine, application=name, queues=queues) as (bus, _relay),

@@ -16,7 +16,6 @@ from coordinator import process
 from coordinator.app import App
 from coordinator.loading import load_app
 from coordinator.node import open_reading, open_schema
-from coordinator.sagas import Sagas
 from coordinator.settings import load_settings
 from events.clock import SystemClock
 from events.dead_letters import BUS, COORDINATOR, DEAD
@@ -231,7 +230,7 @@ def _consumers(app: App) -> Consumers:
     found = {handler.name: Registry([handler.message]) for handler in app.handlers}
     found[BUS] = app.registry
     if app.definitions:
-        found[COORDINATOR] = Sagas(app.definitions).registry
+        found[COORDINATOR] = app.coordinated.registry
     return found
 
 

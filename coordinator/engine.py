@@ -1,7 +1,7 @@
 """The imperative shell: takes what is waiting, decides on all of it, commits once, acknowledges."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from uuid import UUID
 
@@ -50,9 +50,8 @@ class Engine:
 
     def __init__(
         self,
-        definitions: Iterable[SagaDefinition],
+        sagas: Sagas,
         *,
-        retired: Iterable[SagaDefinition] = (),
         source: str,
         engine: AsyncEngine,
         store: Store,
@@ -63,20 +62,20 @@ class Engine:
         limits: Limits,
         timer_every: float = 0.5,
     ) -> None:
-        self._sagas = Sagas(definitions, retired)
-        self.queues = self._sagas.queues
+        self.sagas = sagas
+        self.queues = self.sagas.queues
         self._engine = engine
         self._single = single_statements(engine)
         self._store = store
         self._bus = bus
         self._clock = clock
         self._intake = Intake(limits)
-        self._replays = Replays(engine, self._intake, self._sagas.by_version, clock=clock, ids=ids)
+        self._replays = Replays(engine, self._intake, self.sagas.by_version, clock=clock, ids=ids)
         self._supervisor = Supervisor(clock)
         lines, items, waiters = Lines(store), Items(), Waiters()
-        self._lookups = Lookups(self._sagas, store, items, waiters)
+        self._lookups = Lookups(self.sagas, store, items, waiters)
         self._writer = Writer(
-            self._sagas,
+            self.sagas,
             Ports(source, store.clock.now, clock.now, ids),
             engine=engine,
             store=store,
@@ -90,7 +89,7 @@ class Engine:
             self._writer,
             lookups=self._lookups,
             lines=lines,
-            sagas=self._sagas,
+            sagas=self.sagas,
             engine=engine,
             store=store,
             bus=bus,
@@ -101,18 +100,13 @@ class Engine:
             self._writer,
             lookups=self._lookups,
             waiters=waiters,
-            sagas=self._sagas,
+            sagas=self.sagas,
             engine=engine,
             store=store,
             intake=self._intake,
             clock=clock,
         )
         self._consumers: list[Consumer] = []
-
-    @property
-    def definitions(self) -> list[SagaDefinition]:
-        """All versions of the sagas that it runs."""
-        return list(self._sagas.by_version.values())
 
     @property
     def failing(self) -> frozenset[str]:
@@ -126,7 +120,7 @@ class Engine:
         self._supervisor.start("coordinator.timers", self.deadlines.run)
         self._supervisor.start("coordinator.going_on", self.deadlines.run_what_goes_on)
         self._supervisor.start("coordinator.replays", self._run_replays)
-        if self._sagas.awaited:
+        if self.sagas.awaited:
             self._supervisor.start("coordinator.parked", self._early.run)
         for queue in self.queues:
             self._consumers.append(await self._bus.consume(queue.name, self._intake.deliver, prefetch=_PREFETCH))
@@ -175,7 +169,7 @@ class Engine:
                     await self._clock.sleep(_DATABASE_PAUSE)
                     continue
                 hopeless = len(items) == 1 and (tries >= _TRIES or isinstance(error, CoordinatorError))
-                if hopeless and grant and self._sagas.with_lock:
+                if hopeless and grant and self.sagas.with_lock:
                     grant = False  # it may be the saga next in line whose begin cannot be stored
                     continue
                 if hopeless:
@@ -270,7 +264,7 @@ class Engine:
         except Exception as error:
             if is_cancelled() or is_transient(error) or isinstance(error, StaleRowError):
                 raise
-            if len(acts) == 1 and grant and self._sagas.with_lock:
+            if len(acts) == 1 and grant and self.sagas.with_lock:
                 return await self.act_on_all(acts, dry_run=dry_run, grant=False)
             if len(acts) == 1 and isinstance(error, CoordinatorError):
                 return dict.fromkeys(acts, error)

@@ -1,6 +1,6 @@
 """Taking all instances of a saga over into another version: in a rehearsal, or for good."""
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -37,12 +37,12 @@ class Migrator:
     """Takes instances over, beside the processes that run them: whoever is faster, the other decides again.
 
     Args:
-        definitions: all versions that the application has the code of.
+        sagas: all versions that the application has the code of.
         store: where the instances are.
     """
 
-    def __init__(self, definitions: Iterable[SagaDefinition], store: Store) -> None:
-        self._sagas = Sagas(definitions)
+    def __init__(self, sagas: Sagas, store: Store) -> None:
+        self._sagas = sagas
         self._store = store
 
     async def rehearse(self, saga: str, to: int, *, limit: int | None = None) -> Report:

@@ -18,7 +18,6 @@ from coordinator.engine import Engine
 from coordinator.lifecycles.service import Lifecycles
 from coordinator.lifecycles.store import LifecycleStore
 from coordinator.lifecycles.timers import LifecycleTimers
-from coordinator.sagas import Sagas
 from coordinator.settings import Settings
 from coordinator.store import Store
 from coordinator.versions import Versions
@@ -193,7 +192,7 @@ class Node:
         """What is consumed here."""
         queues = [handler.queue for handler in self._handlers]
         if self._with_coordinator:
-            queues += Sagas(saga.definition for saga in self._app.sagas).queues
+            queues += self._app.coordinated.queues
         return queues
 
     def _make_engine(self, outbox: Outbox) -> Engine | None:
@@ -233,8 +232,7 @@ def make_engine(
 ) -> Engine:
     """Return the engine of an application's coordinator; all of them speak with one voice."""
     return Engine(
-        [saga.definition for saga in app.sagas],
-        retired=[saga.definition for saga in app.retired],
+        app.coordinated,
         source=f"{app.source}/coordinator",
         engine=store.engine,
         store=store,

@@ -121,7 +121,7 @@ class Operator:
         """
         _refuse_anonymous(by, why)
         await self.store.clock.calibrate()
-        migrator = Migrator(self._engine.definitions, self.store)
+        migrator = Migrator(self._engine.sagas, self.store)
         return await migrator.migrate(self._engine, saga, to, by=by, why=why, limit=limit)
 
 

@@ -5,7 +5,6 @@ from datetime import datetime
 
 from coordinator.decision import Announcement, Answer, Decision, Request
 from coordinator.instance import Instance
-from coordinator.sagas import REPLY_ADDRESS
 from events.bus import Address, Exchange
 from events.envelope import SagaLink, wrap
 from events.outbox import Outbound, route
@@ -16,13 +15,17 @@ class Outgoing:
 
     Args:
         source: who speaks.
+        reply_to: where answers to commands go.
         time: the local time of day.
         cause: the id of the message that it follows from.
         traceparent: the span of the decision.
     """
 
-    def __init__(self, source: str, time: Callable[[], datetime], cause: str | None, traceparent: str | None) -> None:
+    def __init__(
+        self, source: str, reply_to: str, *, time: Callable[[], datetime], cause: str | None, traceparent: str | None
+    ) -> None:
         self._source = source
+        self._reply_to = reply_to
         self._time = time
         self._cause = cause
         self._traceparent = traceparent
@@ -52,7 +55,7 @@ class Outgoing:
                 undoes=request.undoes,
                 undoes_type=request.undoes_type,
             ),
-            reply_to=REPLY_ADDRESS,
+            reply_to=self._reply_to,
         )
         return Outbound(envelope, route(request.command), request.command.bundle_limit)
 

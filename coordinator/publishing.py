@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 
 from coordinator.app import App
-from coordinator.sagas import Sagas
 from events import tracing
-from events.bus import Address, Bus, Exchange, Outgoing, Queue
+from events.bus import Address, Bus, Exchange, Outgoing
 from events.codec import STRUCTURED_TYPE, Limits, Readable, bundle_body, read_body
 from events.envelope import Envelope
 from events.errors import PublishError, RejectedError
@@ -49,12 +48,6 @@ async def publish_lines(
     else:
         console.print(f"{published} published, {problems} not", highlight=False)
     return problems == 0
-
-
-def queues_of(app: App) -> list[Queue]:
-    """Return all queues of an application: those of its handlers and those of its sagas."""
-    sagas = Sagas(saga.definition for saga in app.sagas)
-    return [handler.queue for handler in app.handlers] + sagas.queues
 
 
 def _batches(lines: Iterable[bytes]) -> Iterator[list[tuple[int, bytes]]]:

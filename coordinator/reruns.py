@@ -152,7 +152,7 @@ class _Rerun:
         last = self._document["history"][-1]
         if definition is None:
             return self._broken(last, f"version {self._version} is not part of this application")
-        sagas = Sagas([definition])
+        sagas = Sagas([definition], application="rerun")
         for row in rows:
             try:
                 what = self._again(sagas, row)

@@ -14,11 +14,7 @@ from events.registry import Registry
 
 SagaKey = tuple[str, int]  # a saga's name and version
 
-REPLY_ADDRESS = "coordinator"
 CONSUMER = COORDINATOR
-_REPLY_QUEUE = "coordinator.replies"
-_EVENT_QUEUE = "coordinator.events"
-_COMMAND_QUEUE = "coordinator.commands"
 
 
 class UnknownSagaError(RejectedError):
@@ -37,17 +33,21 @@ class Sagas:
     """The saga definitions of an application, as its coordinator looks them up; `retired` ones start nothing.
 
     Attributes:
+        reply_address: where answers to their commands go: to this application, whoever else is on the broker.
         by_version: all of them.
         missing: versions that messages have come for in vain.
         starts: by the type of an event: the newest versions that it starts.
         children: by the type of a command: the newest version that it starts.
-        undoing: the types of commands that undo children.
+        undoing: the types of commands that undo children, those of old versions as well.
         awaited: by the type of an event: all that wait for it somewhere.
         registry: all messages that are read here.
     """
 
-    def __init__(self, definitions: Iterable[SagaDefinition], retired: Iterable[SagaDefinition] = ()) -> None:
+    def __init__(
+        self, definitions: Iterable[SagaDefinition], retired: Iterable[SagaDefinition] = (), *, application: str
+    ) -> None:
         starting = list(definitions)
+        self.reply_address = f"{CONSUMER}.{application}"
         self.by_version = {(each.name, each.version): each for each in (*starting, *retired)}
         self.missing: set[SagaKey] = set()
         self.starts: dict[str, list[SagaDefinition]] = {}
@@ -59,6 +59,9 @@ class Sagas:
             for start in definition.starts:
                 self._add_start(definition, start)
         for definition in self.by_version.values():
+            for undo in (start.undone_by for start in definition.starts if start.undone_by is not None):
+                self.undoing.add(undo.message_type)
+                self.registry.add(undo)
             for step in definition.steps:
                 for hook in (step.on_succeeded, step.on_declined):
                     if hook is not None:
@@ -75,11 +78,14 @@ class Sagas:
     @property
     def queues(self) -> list[Queue]:
         """The queues that a coordinator of these sagas consumes: events, replies, and commands to children."""
+        if not self.by_version:
+            return []
         events = tuple(Address(Exchange.EVENTS, each) for each in sorted(self.starts.keys() | self.awaited.keys()))
-        replies = (Address(Exchange.REPLIES, REPLY_ADDRESS),)
-        queues = [Queue(_EVENT_QUEUE, events), Queue(_REPLY_QUEUE, replies)]
+        replies = (Address(Exchange.REPLIES, self.reply_address),)
+        queues = [Queue(f"{self.reply_address}.events", events), Queue(f"{self.reply_address}.replies", replies)]
         if commands := sorted(self.children.keys() | self.undoing):
-            queues.append(Queue(_COMMAND_QUEUE, tuple(Address(Exchange.COMMANDS, each) for each in commands)))
+            to_children = tuple(Address(Exchange.COMMANDS, each) for each in commands)
+            queues.append(Queue(f"{self.reply_address}.commands", to_children))
         return queues
 
     @property
@@ -121,9 +127,6 @@ class Sagas:
             raise DefinitionError(
                 f"{start.event.__name__} starts {known.name} and {definition.name}; a command has one receiver"
             )
-        if start.undone_by is not None:
-            self.undoing.add(start.undone_by.message_type)
-            self.registry.add(start.undone_by)
 
 
 def holding(saga: str, version: int) -> str:

@@ -82,7 +82,7 @@ def migrate_sagas(
     async def rehearse() -> Report:
         async with open_reading(settings) as engine:
             await Versions(engine).check(loaded.definitions)
-            return await Migrator(loaded.definitions, Store(engine, SystemClock())).rehearse(saga, to, limit=limit)
+            return await Migrator(loaded.coordinated, Store(engine, SystemClock())).rehearse(saga, to, limit=limit)
 
     async def work() -> Report:
         async with open_operator(loaded, settings) as operator:

@@ -264,7 +264,7 @@ async def test_what_cannot_be_taken_is_kept_byte_for_byte_while_the_rest_goes_on
     }
     coordinator.give(wanted("t-2"), *rejected, reply(saga, "hotel"))
     whole = FakeDelivery(b'\xff[{"cut', headers={"x-odd": b"\0\xff", "number": 7})
-    coordinator.bus.put("coordinator.replies", whole)
+    coordinator.bus.put("coordinator.tests.replies", whole)
     await coordinator.settled()
 
     assert await world.dead() == {**rejected, whole.body: "malformed"}

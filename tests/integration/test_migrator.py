@@ -9,6 +9,7 @@ from coordinator import Saga, Status, migrates, parallel, starts_on, step
 from coordinator import migrator as migrator_module
 from coordinator.migrator import Migrator, Report
 from coordinator.operator import Operator
+from coordinator.sagas import Sagas
 from coordinator.store import Store
 from coordinator.tables import saga_history
 from events.errors import ConfigurationError
@@ -110,7 +111,8 @@ async def test_all_that_have_not_ended_are_taken_over_and_who_and_why_is_kept(wo
     await coordinator.take(*(wanted(key) for key in (*keys, "old-1", "old-2")))
     store = Store(world.engine, world.clock)
     before = await count_rows(world.engine, saga_history)
-    rehearsed = await Migrator([Trip.definition, Later.definition], store).rehearse("trip", 2)
+    sagas = Sagas([Trip.definition, Later.definition], application="tests")
+    rehearsed = await Migrator(sagas, store).rehearse("trip", 2)
     refusal = "taken_over raised ValueError('its customer wants it as it was')"
     assert (rehearsed.moved, reasons(rehearsed)) == (5, {refusal: 2})
     assert await versions_of(world, *keys) == [1] * 5
@@ -195,7 +197,7 @@ async def test_replies_that_were_held_for_the_old_version_are_taken_by_who_has_t
     everything = await world.coordinator(Later, Latest)
     await everything.engine.stop()
     await operator_of(everything).migrate("trip", 3, **BY)
-    assert [each.version for each in newest.engine.definitions] == [3]
+    assert [version for _, version in newest.engine.sagas.by_version] == [3]
     world.clock.advance(31)
 
     async def has_ended() -> bool:

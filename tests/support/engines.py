@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator.definition import Saga
 from coordinator.engine import Engine
 from coordinator.instance import Instance
+from coordinator.sagas import Sagas
 from coordinator.store import Store
 from coordinator.tables import saga_instance
 from coordinator.verification import Verification
@@ -36,6 +37,7 @@ from tests.support.flows import (
 )
 from tests.support.sagas import Trip, TripWanted
 
+APPLICATION = "tests"
 BY_HAND = 1e6  # seconds between looks for deadlines: the tests look themselves
 DATABASE_PAUSE = 0.5
 SMALL = Limits(body=4000)  # what the outbox takes
@@ -59,8 +61,7 @@ class Coordinator:
         self.timer_every = timer_every
         self.store = Store(engine, clock)
         self.engine = Engine(
-            [saga.definition for saga in sagas],
-            retired=[saga.definition for saga in retired],
+            Sagas([saga.definition for saga in sagas], [saga.definition for saga in retired], application=APPLICATION),
             source="/tests/coordinator",
             engine=engine,
             store=self.store,
@@ -81,7 +82,7 @@ class Coordinator:
         """Deliver a bundle; all that is given before the next await is one batch."""
         parts = [each.encode() if isinstance(each, Envelope) else each for each in messages]
         delivery = FakeDelivery(bundle_body(parts), redelivered=redelivered)
-        self.bus.put("coordinator.events", delivery)
+        self.bus.put(f"coordinator.{APPLICATION}.events", delivery)
         return delivery
 
     async def take(self, *messages: Envelope | bytes) -> None:
