@@ -219,8 +219,10 @@ class Batch:
             self._refuse_child(instance)
             self.messages += self._refusals
             self._refusals.clear()
-        else:
-            self.keep(decision, messages, recorded)
+            return
+        self.keep(decision, messages, recorded)
+        if instance.status is Status.NEEDS_ATTENTION:
+            self._notes.append(lambda: None if instance.id in self._dropped else _alert(instance))
 
     def known(self, identity: UUID) -> Instance | None:
         """Return an instance that was loaded or is new."""

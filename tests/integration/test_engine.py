@@ -616,6 +616,18 @@ async def test_an_instance_whose_state_cannot_be_read_any_more_needs_attention(
     assert await coordinator.engine.deadlines.fire() == 1
 
 
+async def test_a_saga_that_needs_attention_from_its_start_calls_a_person(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = await world.coordinator()
+    start = wanted("t-1", "hotel", "off")
+    await coordinator.take(start)
+    assert (await world.instance()).status is Status.NEEDS_ATTENTION
+    assert actions(caplog, logging.ERROR) == ["saga.needs_attention"]
+    await coordinator.take(start)
+    assert actions(caplog, logging.ERROR) == ["saga.needs_attention"], "this one is a duplicate"
+
+
 async def is_completed(world: World, key: str = "t-1") -> bool:
     return (await world.instance(key)).status is Status.COMPLETED
 
