@@ -52,8 +52,7 @@ def act(draft: Draft, given: Acted) -> None:
         case Verb.COMPENSATE:
             _compensate(draft, given)
         case Verb.RETRY:
-            name, at = _begun(draft, given)
-            _retry(draft, _step(draft, name), name, at)
+            _retry(draft, *_begun(draft, given))
         case Verb.SKIP:
             _skip(draft, *_begun(draft, given))
         case Verb.MOVE_DEADLINE:
@@ -154,8 +153,22 @@ def _compensate(draft: Draft, given: Acted) -> None:
     draft.turn_back(f"compensated by {given.by}: {given.why}")
 
 
-def _retry(draft: Draft, step: Step, name: str, at: StepState) -> None:
+def _retry(draft: Draft, name: str, at: StepState) -> None:
+    """Try a step again, and let a saga go on that nothing in it holds any more."""
+    needs_nobody = draft.status is Status.NEEDS_ATTENTION and not (draft.is_stuck or draft.has_stuck)
+    if needs_nobody:  # it was given up on, or a method of its own has failed
+        draft.resume()
+        draft.clear()
+    if not _try_again(draft, name, at) and not needs_nobody:
+        _step(draft, name)
+        raise NotPossibleError(f"step {name} is {at.status}; there is nothing to retry")
+
+
+def _try_again(draft: Draft, name: str, at: StepState) -> bool:
     """Send the step's command again: the outstanding one as it is, one that has failed as a new attempt."""
+    step = draft.definition.step_of(name)
+    if step is None:
+        return False
     match at.status:
         case StepStatus.RUNNING if at.fan is None:
             send(draft, step, name, Direction.DO, at.attempt, at.sends + 1)
@@ -170,10 +183,14 @@ def _retry(draft: Draft, step: Step, name: str, at: StepState) -> None:
             undo(draft, step, name)
         case _ if draft.is_why_stuck(name):
             draft.resume()
-            try_anew(draft, step, name)
+            if at.fan is None:
+                try_anew(draft, step, name)
+            else:  # its items could not be listed
+                del draft.steps[name]
             draft.clear()
         case _:
-            raise NotPossibleError(f"step {name} is {at.status}; there is nothing to retry")
+            return False
+    return True
 
 
 def _skip(draft: Draft, name: str, at: StepState) -> None:

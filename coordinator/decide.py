@@ -83,20 +83,19 @@ def _follow(draft: Draft, given: Input) -> Decision | None:
 
 
 def give_up(instance: Instance, reason: str, now: datetime) -> Decision:
-    """Return the decision about an instance that its definition cannot read any more: a person must look at it."""
-    steps = {name: replace(at, due_at=None) for name, at in instance.steps.items()}
+    """Return the decision about an instance that cannot be decided on: a person must look at it.
+
+    Its steps keep their deadlines, for when it goes on.
+    """
     stuck = replace(
         instance,
         status=Status.NEEDS_ATTENTION,
-        steps=steps,
         revision=instance.revision + 1,
         due_at=None,
         reason=reason[:MAX_REASON],
         updated_at=now,
     )
-    lifted = {name: at.to_json() for name, at in steps.items() if at != instance.steps[name]}
-    change = {"steps": lifted} if lifted else {}
-    return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason, change=change))
+    return Decision(stuck, (), (), HistoryEntry("given_up", now, stuck.status, reason=stuck.reason))
 
 
 def start(definition: SagaDefinition, given: Started) -> Decision:
@@ -218,8 +217,8 @@ def _is_recovered(at: StepState, given: Replied) -> bool:
     """Say whether what is to be tried anew, or was already, has succeeded the time before."""
     if given.result is not Result.SUCCEEDED:
         return False
-    if given.direction is Direction.UNDO:
-        return at.status is StepStatus.UNDO_RETRYING
+    if given.direction is Direction.UNDO:  # an attempt before the last one may have found nothing to undo yet
+        return at.status is StepStatus.UNDO_RETRYING and given.attempt == at.undo_attempt
     return at.status in (StepStatus.RUNNING, StepStatus.RETRYING) and given.attempt <= at.attempt
 
 
@@ -292,7 +291,8 @@ def _resolve(draft: Draft, given: Acted) -> Decision:
     name = said.step
     was = draft.steps[name].status
     if said.direction is Direction.UNDO:
-        draft.settle(name, StepStatus.UNDONE)
+        known = Result.SUCCEEDED if was is StepStatus.SUCCEEDED else draft.steps[name].answer
+        draft.settle(name, StepStatus.UNDONE, answer=known)  # a success that comes a second time is no news
     elif was in (StepStatus.RUNNING, StepStatus.RETRYING) or draft.is_why_stuck(name):
         if said.result is Result.SUCCEEDED:
             draft.resume()

@@ -116,7 +116,7 @@ class Draft:
         """A step, or one item of it, has failed: turn back, unless the other items go on without it."""
         step, number = step_and_item(name)
         node = self.definition.by_name[step]
-        if number is None or not isinstance(node, Each) or not node.collect or not self.goes_on(step):
+        if number is None or not isinstance(node, Each) or not node.collect or self.goes_back(step):
             self.turn_back(reason, name)
         else:
             self.failed_items.append(name)
@@ -124,6 +124,10 @@ class Draft:
     def goes_on(self, part: str) -> bool:
         """Whether the saga, with the branches around `part`, goes on."""
         return self.status is Status.RUNNING and self.branch_turned_back(part) is None
+
+    def goes_back(self, part: str) -> bool:
+        """Whether the saga, or a branch around `part`, turns back, or has; it may need attention in between."""
+        return self.turned_back or self.branch_turned_back(part) is not None
 
     def turn_branch_back(self, branch: Branch) -> None:
         """Begin to undo a branch alone."""
@@ -209,7 +213,8 @@ class Draft:
             at, before = self.steps[name], self._counted.get(name, StepStatus.LISTED)
             failed = (StepStatus.DECLINED, StepStatus.UNKNOWN)
             anew = at.status in failed and before in (StepStatus.RUNNING, StepStatus.RETRYING)
-            no_more = before in failed and (at.status is StepStatus.SUCCEEDED or not each.collect)
+            is_over = at.status is StepStatus.SUCCEEDED if each.collect else at.status not in failed
+            no_more = before in failed and is_over
             fan = replace(
                 fan,
                 pending=fan.pending + at.status.pending - before.pending,

@@ -47,8 +47,8 @@ def undo_failed(draft: Draft) -> None:
     """Undo the items that have failed, and that the others go on without, where nobody knows whether they were done."""
     for name in draft.failed_items:
         draft.recount(name)
-        step = draft.definition.step_of(name)
-        if step is not None and step.undo is not None and draft.steps[name].status.to_undo and draft.goes_on(name):
+        step, is_to_undo = draft.definition.step_of(name), draft.steps[name].status.to_undo
+        if step is not None and step.undo is not None and is_to_undo and not draft.goes_back(name):
             undo(draft, step, name)
     draft.failed_items.clear()
 

@@ -1,16 +1,19 @@
 """What an operator can do, where, and what is refused."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from coordinator.acts import NotPossibleError
+from coordinator.decide import give_up
 from coordinator.decision import Verb
-from coordinator.flow import sequence
+from coordinator.flow import each, parallel, sequence, when
 from coordinator.instance import Status, StepStatus
+from coordinator.steps import completed, step
 from coordinator.testing import SagaRun
 from events.envelope import Direction, Result
-from tests.support.trips import booking, names, run
+from tests.support.trips import Book, TripWanted, booking, names, run, saga
 
 
 def stuck_back() -> SagaRun:
@@ -90,6 +93,80 @@ def test_what_waits_for_its_next_attempt_is_retried_now_or_skipped() -> None:
     flow = sequence(booking("pivot", undone=False, pivot=True), booking("after", undone=False))
     assert names(run(flow).fails().acts(Verb.RETRY, "pivot").sent) == ["book pivot"]
     assert names(run(flow).fails().acts(Verb.SKIP, "pivot").sent) == ["book after"]
+
+
+def given_up(trip: SagaRun) -> SagaRun:
+    trip.decisions.append(give_up(trip.instance, "it could not be decided on", trip.now))
+    return trip
+
+
+def test_a_saga_that_was_given_up_on_goes_on_when_its_step_is_retried() -> None:
+    flow = sequence(booking("pivot", undone=False, pivot=True), parallel(booking("a"), booking("b")))
+    trip = given_up(run(flow).succeeds()).acts(Verb.RETRY, "a")
+    assert (trip.status, trip.reason, names(trip.sent)) == (Status.RUNNING, None, ["book a"])
+    assert names(trip.succeeds(step="a").gives_no_answer().gives_no_answer().sent) == ["book b"], "its deadline is kept"
+    assert trip.succeeds().status is Status.COMPLETED
+    back = given_up(run(sequence(booking("a"), booking("b"))).succeeds().declines("no")).acts(Verb.RETRY, "a")
+    assert (back.status, names(back.sent)) == (Status.COMPENSATING, ["cancel a"])
+    assert back.succeeds().status is Status.COMPENSATED
+
+
+def test_a_saga_that_was_given_up_on_goes_on_although_all_answers_have_come() -> None:
+    trip = given_up(run(sequence(booking("a"), booking("b")))).succeeds()
+    assert trip.status is Status.NEEDS_ATTENTION
+    assert names(trip.acts(Verb.RETRY, "a").sent) == ["book b"]
+
+
+@pytest.fixture
+def broken() -> dict[str, bool]:
+    """Whether a method of a saga raises; the next release of it does not."""
+    return {"method": True}
+
+
+def test_past_a_pivot_items_that_could_not_be_listed_are_listed_again(broken: dict[str, bool]) -> None:
+    def seats(self: Any) -> list[int]:
+        assert self.trip
+        assert not broken["method"]
+        return [1, 2]
+
+    def seat(self: Any, item: int) -> Book:
+        assert self.trip
+        return Book(what=f"seat {item}")
+
+    trip = run(sequence(booking("pivot", undone=False, pivot=True), each(seats, step(seat)))).succeeds()
+    assert trip.acts(Verb.RETRY, "seat").status is Status.NEEDS_ATTENTION
+    broken["method"] = False
+    trip.acts(Verb.RETRY, "seat")
+    assert (trip.status, names(trip.sent)) == (Status.RUNNING, ["book seat 1", "book seat 2"])
+    assert trip.succeeds(step="seat[0]").succeeds(step="seat[1]").status is Status.COMPLETED
+
+
+def test_past_a_pivot_a_condition_that_could_not_be_told_is_asked_again(broken: dict[str, bool]) -> None:
+    def is_wanted(self: Any) -> bool:
+        assert self.trip
+        assert not broken["method"]
+        return True
+
+    flow = sequence(booking("pivot", undone=False, pivot=True), when(is_wanted, booking("a")))
+    trip = run(flow).succeeds()
+    assert trip.acts(Verb.RETRY, "pivot").status is Status.NEEDS_ATTENTION
+    broken["method"] = False
+    assert names(trip.acts(Verb.RETRY, "pivot").sent) == ["book a"]
+    assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_an_end_that_could_not_be_announced_is_announced_again(broken: dict[str, bool]) -> None:
+    class Announced(saga(sequence(booking("pivot", undone=False, pivot=True)))):  # type: ignore[misc]
+        @completed
+        def done(self) -> TripWanted:
+            assert not broken["method"]
+            return TripWanted(trip=self.trip)
+
+    trip = SagaRun(Announced, TripWanted(trip="1")).succeeds()
+    assert (trip.status, trip.published) == (Status.NEEDS_ATTENTION, [])
+    broken["method"] = False
+    assert trip.acts(Verb.RETRY, "pivot").status is Status.COMPLETED
+    assert (trip.reason, trip.published) == (None, [TripWanted(trip="1")])
 
 
 def test_an_outstanding_command_is_sent_again_as_it_was() -> None:

@@ -23,7 +23,7 @@ def pivot() -> Step:
     return booking("pivot", undone=False, pivot=True)
 
 
-def bookings(name: str, count: int, *, on_failure: str = "undo") -> Each:
+def bookings(name: str, count: int, *, on_failure: str = "undo", recovery: Backoff | None = None) -> Each:
     """The same booking for several travellers."""
 
     def travellers(self: Any) -> list[int]:
@@ -39,7 +39,7 @@ def bookings(name: str, count: int, *, on_failure: str = "undo") -> Each:
         return Cancel(what=f"{name} {item}")
 
     book.__name__ = name
-    made = step(book)
+    made = step(recovery=recovery)(book)
     made.compensation(cancel)
     return each(travellers, made, on_failure=on_failure)
 
@@ -140,6 +140,37 @@ def test_a_late_success_of_an_attempt_before_the_last_one_is_undone() -> None:
     assert trip.fails(step="a").succeeds(step="a").status is Status.COMPLETED
     assert names(trip.replies("a", DO, SUCCEEDED, attempt=1).sent) == ["cancel a"]
     assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_a_success_that_comes_twice_of_what_a_person_has_undone_is_not_undone_once_more() -> None:
+    trip = run(sequence(booking("a"), booking("b"), booking("c"))).succeeds().succeeds().declines("no")
+    trip.acts(Verb.RESOLVE, "a", resolution=Resolution.UNDONE).replies("a", DO, SUCCEEDED)
+    assert trip.last.entry.kind == "late_reply"
+    assert trip.succeeds(step="b").status is Status.COMPENSATED
+
+
+def test_a_compensation_that_has_found_nothing_is_not_taken_for_the_one_after_it() -> None:
+    trip = run(sequence(booking("a", retry=Backoff(3)), booking("b"))).gives_no_answer()
+    assert names(trip.replies("a", DO, SUCCEEDED).sent) == ["cancel a"]
+    assert trip.fails().replies("a", UNDO, SUCCEEDED, attempt=1).status is Status.COMPENSATING
+    assert names(trip.gives_no_answer().sent) == ["cancel a"]
+
+
+def test_an_item_that_fails_while_a_person_must_look_at_something_else_is_undone_alone() -> None:
+    seats = bookings("seat", 2, on_failure="collect", recovery=Backoff(1))
+    trip = run(sequence(pivot(), parallel(booking("a"), seats))).succeeds().declines("no", step="a")
+    assert trip.status is Status.NEEDS_ATTENTION
+    assert names(trip.fails(step="seat[0]").sent) == ["cancel seat 0"]
+    trip.succeeds(step="seat[1]").acts(Verb.RETRY, "a").succeeds(step="a")
+    assert trip.succeeds(step="seat[0]").status is Status.COMPLETED
+
+
+def test_an_item_of_which_an_operator_says_that_it_was_not_done_can_be_tried_again() -> None:
+    trip = run(sequence(pivot(), bookings("seat", 2, recovery=Backoff(1)))).succeeds()
+    trip.succeeds(step="seat[1]").fails().acts(Verb.RESOLVE, "seat[0]", resolution=Resolution.DECLINED)
+    fan = trip.instance.steps["seat"].fan
+    assert (trip.status, fan and fan.failed) == (Status.NEEDS_ATTENTION, 1)
+    assert trip.acts(Verb.RETRY, "seat[0]").succeeds().status is Status.COMPLETED
 
 
 def test_what_a_handler_says_of_a_step_that_an_operator_has_given_up_on_is_news() -> None:
