@@ -705,7 +705,7 @@ async def test_i15_what_is_sent_names_its_saga_and_its_cause(world: World) -> No
     assert sent.pop("trip.ready").saga is None
     for name, step_name in (("book.hotel", "hotel"), ("book.flight", "flight"), ("pay.trip", "payment")):
         assert sent[name].saga == SagaLink(saga, step_name, Direction.DO, 1)
-        assert sent[name].reply_to == "coordinator"
+        assert sent[name].reply_to == "coordinator.tests"
 
 
 async def test_a_saga_that_needs_attention_is_an_error_in_the_log_once(
