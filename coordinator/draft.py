@@ -285,7 +285,7 @@ class Draft:
             change["state"] = changed_state
         changed = {name: at for name, at in self.steps.items() if before.steps.get(name) != at}
         if changed:
-            change["steps"] = {name: at.to_json() for name, at in changed.items()}
+            change["steps"] = {name: at.to_history() for name, at in changed.items()}
         deadline = self.deadline  # one that is over is not kept: whoever looks need not know of pivots
         if deadline != before.deadline:
             change["deadline"] = deadline and deadline.isoformat()

@@ -165,6 +165,12 @@ class StepState:
             document["item"] = self.item
         return document
 
+    def to_history(self) -> dict[str, Any]:
+        """Return plain data for the history, which tells already what state a command was made of."""
+        document = self.to_json()
+        document.pop("made_of", None)
+        return document
+
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "StepState":
         """Read what `to_json` returned."""

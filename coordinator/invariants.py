@@ -105,8 +105,8 @@ def _differences(instance: Instance, retold: Retold) -> Iterator[tuple[str, str]
     names = {*retold.state, *instance.state}
     if differing := [name for name in names if not _same(retold.state.get(name), instance.state.get(name))]:
         yield "I9", f"its state is not what its history tells: {', '.join(sorted(differing))}"
-    told = {name: at.to_json() for name, at in retold.steps.items() if "[" not in name}
-    stored = {name: at.to_json() for name, at in instance.steps.items()}
+    told = {name: at.to_history() for name, at in retold.steps.items() if "[" not in name}
+    stored = {name: at.to_history() for name, at in instance.steps.items()}
     if differing := [name for name in {*told, *stored} if not _same(told.get(name), stored.get(name))]:
         yield "I9", f"its steps are not what its history tells: {', '.join(sorted(differing))}"
 

@@ -326,7 +326,7 @@ def _difference(then: Document, now: Document) -> str | None:
     if now["kind"] != then["kind"]:
         return f"it would be taken as {now['kind']}, not as {then['kind']}"
     for part in ("state", "steps"):
-        before, after = _without_times(then["change"].get(part, {})), _without_times(now["change"].get(part, {}))
+        before, after = _compared(then["change"].get(part, {})), _compared(now["change"].get(part, {}))
         for name in sorted({*before, *after}):
             if before.get(name) != after.get(name):
                 return f"{part[:5]} {name} would be {_shown(after.get(name))}, not {_shown(before.get(name))}"
@@ -345,9 +345,11 @@ def _shown(value: Any) -> str:
     return "as it was" if value is None else to_json(value).decode()
 
 
-def _without_times(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave deadlines out: they are policy."""
+def _compared(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave deadlines out, which are policy, and copies of the state, which earlier releases have recorded."""
     return {
-        name: {key: value for key, value in at.items() if key != "due_at"} if isinstance(at, dict) else at
+        name: {key: value for key, value in at.items() if key not in ("due_at", "made_of")}
+        if isinstance(at, dict)
+        else at
         for name, at in parts.items()
     }

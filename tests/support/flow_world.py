@@ -355,8 +355,11 @@ class World:
             assert instance.status in LEGAL[before.status]
             assert not (before.turned_back and instance.status in (Status.RUNNING, Status.COMPLETED))
             assert instance.state == {**before.state, **entry.change.get("state", {})}
-        steps = {name: at.to_json() for name, at in (before.steps if before else {}).items()}
-        assert {name: at.to_json() for name, at in instance.steps.items()} == {**steps, **entry.change.get("steps", {})}
+        steps = {name: at.to_history() for name, at in (before.steps if before else {}).items()}
+        assert {name: at.to_history() for name, at in instance.steps.items()} == {
+            **steps,
+            **entry.change.get("steps", {}),
+        }
         assert len(entry.sent) == len(decision.requests) + len(decision.announcements) + len(decision.answers)
         assert (instance.due_at is None) or instance.status.in_flight
         if decision.announcements:

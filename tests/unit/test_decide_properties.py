@@ -286,8 +286,11 @@ class World:
         if before is not None:
             assert instance.status in LEGAL[before.status]
             assert instance.state == {**before.state, **entry.change.get("state", {})}
-        steps = {name: at.to_json() for name, at in (before.steps if before else {}).items()}
-        assert {name: at.to_json() for name, at in instance.steps.items()} == {**steps, **entry.change.get("steps", {})}
+        steps = {name: at.to_history() for name, at in (before.steps if before else {}).items()}
+        assert {name: at.to_history() for name, at in instance.steps.items()} == {
+            **steps,
+            **entry.change.get("steps", {}),
+        }
         assert len(entry.sent) == len(decision.requests) + len(decision.announcements)
         for request in decision.requests:
             self.check_request(request, given)

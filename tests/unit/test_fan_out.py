@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 import pytest
+from pydantic_core import to_json
 
 from coordinator.decision import Verb
 from coordinator.definition import Saga
@@ -180,6 +181,14 @@ def test_all_items_see_the_state_as_it_was_when_the_first_began() -> None:
     run = delivery(3)
     run.succeeds(Labelled(label="a"), step="ship[0]")
     assert run.instance.steps["ship"].made_of == {"order": "o", "parcels": 3, "shipped": 0}
+
+
+def test_the_history_does_not_repeat_the_state_with_each_item() -> None:
+    """A list of many items in the state would be written once for each of them."""
+    run = delivery(3)
+    for number in range(3):
+        run.succeeds(Labelled(label="a"), step=f"ship[{number}]")
+    assert all(b"parcels" not in to_json(decision.entry.change) for decision in run.decisions[1:])
 
 
 @pytest.mark.parametrize(
