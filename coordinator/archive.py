@@ -6,9 +6,11 @@ duplicate, and its last hash vouches for what was written. The row goes when its
 
 import fcntl
 import gzip
+import mmap
 import os
 import zlib
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -66,7 +68,7 @@ class ArchiveFile:
     What a crash has left of a batch at its end is cut off when it is opened again.
 
     Raises:
-        ConfigurationError: the file is something else, or another process writes to it.
+        ConfigurationError: the file is something else, or damaged, or another process writes to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,13 +76,12 @@ class ArchiveFile:
 
     def __enter__(self) -> Self:
         is_new = not self._path.exists()
-        self._file = self._path.open("ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.truncate(_whole(self._path))
+            self._file = self._path.open("ab")
         except OSError as error:
-            self._file.close()
-            raise ConfigurationError(f"another process writes to {self._path}") from error
+            raise ConfigurationError(f"{self._path} cannot be written: {error.strerror}") from error
+        try:
+            self._take()
         except ConfigurationError:
             self._file.close()
             raise
@@ -94,6 +95,13 @@ class ArchiveFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(f"another process writes to {self._path}") from error
+        self._file.truncate(_whole(self._path))
 
     def append(self, documents: Sequence[dict[str, Any]]) -> None:
         """Write a line for each of `documents`."""
@@ -256,8 +264,17 @@ def _whole(path: Path) -> int:
     """Return the length of the file up to the end of its last whole batch.
 
     Raises:
-        ConfigurationError: it holds something else.
+        ConfigurationError: it holds something else, or is damaged before its end: whole batches would be cut off, too.
     """
+    end = _end_of_batches(path)
+    if end < path.stat().st_size and _has_batch(path, end + 1):
+        raise ConfigurationError(
+            f"{path} is damaged at byte {end}, and has more sagas behind it: keep it as it is, and name another file"
+        )
+    return end
+
+
+def _end_of_batches(path: Path) -> int:
     end = position = 0
     with path.open("rb") as file:
         if file.read(len(_GZIP)) not in (b"", _GZIP):
@@ -275,3 +292,20 @@ def _whole(path: Path) -> int:
                 if decoder.eof:
                     end, decoder = position, zlib.decompressobj(wbits=31)
     return end
+
+
+def _has_batch(path: Path, after: int) -> bool:
+    """Say whether a whole batch begins somewhere behind."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        begin = content.find(_GZIP, after)
+        while begin >= 0:
+            decoder = zlib.decompressobj(wbits=31)
+            position = begin
+            with suppress(zlib.error):
+                while position < len(content) and not decoder.eof:
+                    decoder.decompress(content[position : position + _CHUNK])
+                    position += _CHUNK
+            if decoder.eof:
+                return True
+            begin = content.find(_GZIP, begin + 1)
+    return False

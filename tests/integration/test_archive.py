@@ -277,6 +277,38 @@ def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "dear ada"
 
 
+def test_a_file_that_is_damaged_before_its_end_keeps_the_sagas_behind(tmp_path: Path) -> None:
+    """They are in no database any more: what looks like half a batch may be cut off at the end only."""
+    path = tmp_path / "old.jsonl.gz"
+    with ArchiveFile(path) as file:
+        for number in range(3):
+            file.append([{"number": number, "filler": str(uuid4())} for _ in range(50)])
+    content = bytearray(path.read_bytes())
+    second = content.index(b"\x1f\x8b\x08", 1)
+    content[second + 100] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=f"damaged at byte {second}, and has more"), ArchiveFile(path):
+        pass
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("tail", [b"\x1f\x8b\x08 and so on", b"\0" * 5000], ids=["half a batch", "zeros"])
+def test_what_a_crash_has_left_at_the_end_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "old.jsonl.gz"
+    with ArchiveFile(path) as file:
+        file.append([{"number": 1}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    with ArchiveFile(path):
+        pass
+    assert path.read_bytes() == whole
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nowhere/a\.gz cannot be written: No such"):
+        ArchiveFile(tmp_path / "nowhere" / "a.gz").__enter__()
+
+
 def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     with ArchiveFile(path), pytest.raises(ConfigurationError, match="another process"), ArchiveFile(path):
