@@ -175,8 +175,11 @@ def verify_audit(
                 good += 1
             else:
                 found.append((entity, problem))
-        print_verified(out, good, found, as_json=as_json)
-        return not found
+        if key is not None and not good and not found:
+            raise NoSuchEntityError(f"there is no {lifecycle} with the key {key!r}")
+        lost = await store.lost() if lifecycle is None else []
+        print_verified(out, good, found, lost, as_json=as_json)
+        return not found and not lost
 
     if not _with_store(work):
         raise typer.Exit(1)

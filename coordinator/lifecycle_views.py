@@ -28,7 +28,7 @@ def print_entities(console: Console, found: Sequence[Entity], *, as_json: bool) 
             each.state,
             _time(each.entered_at),
             str(each.reminders or ""),
-            each.escalated_to or "",
+            plain(each.escalated_to or ""),
             str(each.revision),
         )
     console.print(table)
@@ -45,7 +45,7 @@ def print_entity(console: Console, entity: Entity, history: Sequence[Row[Any]], 
     head.add_row("state", entity.state)
     head.add_row("since", _time(entity.entered_at))
     head.add_row("revision", str(entity.revision))
-    head.add_row("escalated to", entity.escalated_to or "")
+    head.add_row("escalated to", plain(entity.escalated_to or ""))
     head.add_row("due", _time(entity.due_at))
     head.add_row("data", plain(json.dumps(entity.data, ensure_ascii=False)))
     console.print(head)
@@ -77,15 +77,19 @@ def print_audit(console: Console, rows: Sequence[Row[Any]], *, as_json: bool) ->
     console.print(table)
 
 
-def print_verified(console: Console, good: int, found: Sequence[tuple[Entity, str]], *, as_json: bool) -> None:
-    """Print how many entities are as their audit trail says, and what is wrong with the others."""
+def print_verified(
+    console: Console, good: int, found: Sequence[tuple[Entity, str]], lost: Sequence[UUID], *, as_json: bool
+) -> None:
+    """Print how many entities are as their audit trail says, what is wrong with others, and which ones are `lost`."""
     if as_json:
         broken = [{"lifecycle": each.lifecycle, "key": each.key, "problem": problem} for each, problem in found]
-        print_json(console, {"good": good, "broken": broken})
+        print_json(console, {"good": good, "broken": broken, "lost": [str(each) for each in lost]})
         return
     for each, problem in found:
-        console.print(plain(f"{each.lifecycle} {each.key}: {problem}"))
-    console.print(f"{good} as their audit trail says, {len(found)} not", highlight=False)
+        console.print(plain(f"{each.lifecycle} {each.key}: {problem}"), soft_wrap=True)
+    for identity in lost:
+        console.print(f"{identity}: it is gone, and its audit trail is there", highlight=False, soft_wrap=True)
+    console.print(f"{good} as their audit trail says, {len(found) + len(lost)} not", highlight=False)
 
 
 def print_delegations(console: Console, found: Sequence[Delegation], *, as_json: bool) -> None:

@@ -151,7 +151,7 @@ def approval(
         def deny(self, act: Act) -> Denied:
             return Denied(key=self.key, decided_by=str(act.by), reason=act.comment)
 
-        @transition("pending", "granted", to="withdrawn", roles=SAGA)
+        @transition("pending", "granted", to="withdrawn", roles=SAGA, escalates=False)  # the saga would wait for ever
         def withdraw(self, _: Act) -> ApprovalWithdrawn:
             return ApprovalWithdrawn(approval=name, key=self.key)
 

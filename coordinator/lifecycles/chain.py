@@ -5,13 +5,14 @@ of `COLUMNS`; a time is microseconds since 1970. The entity keeps the hash of it
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
 from pydantic_core import to_json
 
-from coordinator.lifecycles.entity import Entity, Moved
+from coordinator.lifecycles.entity import Entity, Kind, Moved, Signature
 
 COLUMNS = (
     "entity_id",
@@ -73,19 +74,46 @@ def broken(entity: Entity, rows: Sequence[Mapping[str, Any]]) -> str | None:
 
     Only who can write the whole chain anew, and the entity with it, is not found out.
     """
-    head, state = GENESIS, None
-    data: dict[str, Any] = {}
+    head, told = GENESIS, _Told()
     for revision, row in enumerate(rows, 1):
         if row["revision"] != revision:
             return f"entry {revision} is missing"
         head = seal(head, [row[name] for name in COLUMNS])
         if head != row["hash"]:
             return f"entry {revision} is not as it was written, or one before it is not"
-        if row["from_state"] != state:
+        if row["from_state"] != told.state:
             return f"entry {revision} does not begin where the one before has ended"
-        state, data = row["to_state"], {**data, **row["change"]}
+        told.take(row)
     if len(rows) != entity.revision or head != entity.head:
         return f"it is at revision {entity.revision}, its audit trail at {len(rows)}, and they do not end in one hash"
-    if state != entity.state:
+    if told.state != entity.state:
         return f"it is {entity.state}, which its audit trail does not say"
-    return None if data == entity.data else "its data are not what its audit trail says"
+    differing = [each.name for each in fields(told) if getattr(told, each.name) != getattr(entity, each.name)]
+    return f"its {' and '.join(differing)} are not what its audit trail says" if differing else None
+
+
+@dataclass(slots=True)
+class _Told:
+    """An entity as its audit trail tells it: all that decides who may do what with it."""
+
+    state: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    votes: dict[str, list[Signature]] = field(default_factory=dict)
+    signatures: dict[str, list[Signature]] = field(default_factory=dict)
+    escalated_to: str | None = None
+    entered_at: datetime | None = None
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Take the next entry."""
+        self.state, self.data = row["to_state"], {**self.data, **row["change"]}
+        kind, name, signature = Kind(row["kind"]), row["transition"], (row["actor"], row["acting_for"])
+        if kind in (Kind.CREATED, Kind.MOVED):
+            self.votes, self.escalated_to, self.entered_at = {}, None, row["at"]
+        elif kind is Kind.VOTED:
+            self.votes = {**self.votes, name: [*self.votes.get(name, ()), signature]}
+        elif kind is Kind.ESCALATED:
+            to = self.data.get(row["role"], row["role"])  # a role, or the field that names a person
+            self.escalated_to = str(to) if to else None
+        if name is not None:
+            signed = dict.fromkeys((*self.signatures.get(name, ()), signature))
+            self.signatures = {**self.signatures, name: list(signed)}

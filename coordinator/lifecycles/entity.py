@@ -113,7 +113,7 @@ class Act:
         comment: why, for the audit trail.
         revision: the revision that was looked at; the act is refused if the entity has changed since.
         edits: new values of fields.
-        delegations: those that were given to the persons of `by`.
+        delegations: those that hold at this time, or more; those count that were given to the persons of `by`.
         message_id: the message that asks for it; None where a person does.
     """
 
@@ -237,5 +237,9 @@ class Moved:
 
 
 def folded(name: str) -> str:
-    """Return a person's name as it is compared where two must differ: Ann is ann, however the letters are encoded."""
-    return normalize("NFKC", name).casefold()
+    """Return a person's name as it is compared where two must differ: Ann is ann, however the letters are encoded.
+
+    What nobody sees makes no other person: blanks around it, and signs without a width, which no actor has.
+    """
+    seen = "".join(each for each in normalize("NFKC", name) if each.isprintable())
+    return normalize("NFKC", " ".join(seen.split()).casefold())

@@ -193,7 +193,7 @@ def _right(
         only = getattr(data, transition.by)
         if only is None or str(only) not in by.persons[-1:]:
             raise NotAllowedError(f"only {transition.by} {only} may {transition.name}, not {by}")
-    elif entity is not None and (escalated_to := _escalated_to(definition, entity, by)):
+    elif entity is not None and transition.escalates and (escalated_to := _escalated_to(definition, entity, by)):
         roles.add(escalated_to)
         own |= {escalated_to} & definition.cls.model_fields.keys()  # he has this right by his name
     if by.acting_for is None:
@@ -247,14 +247,15 @@ def _named(name: str, data: Lifecycle, entity: Entity) -> Iterable[str]:
     if name not in type(data).model_fields:
         return [person for signature in entity.signatures.get(name, ()) for person in signature if person]
     value = getattr(data, name)
-    if value is None or not str(value).strip():
+    if value is None or not folded(str(value)):
         raise NotAllowedError(f"{name} is empty, so nobody can tell who is somebody else")
     return [str(value)]
 
 
 def _holding(act: Act, lifecycle: str) -> list[Delegation]:
     """Return the delegations that count, of those that were given to the persons of the act."""
-    return [each for each in act.delegations if each.to_user in act.by.persons and each.holds(lifecycle, act.at)]
+    persons = {folded(name) for name in act.by.persons}
+    return [each for each in act.delegations if folded(each.to_user) in persons and each.holds(lifecycle, act.at)]
 
 
 def _check_comment(transition: Transition, act: Act) -> None:

@@ -21,6 +21,7 @@ class Transition(Hook):
         approvals: how many different persons must take it until it happens.
         comment: whether a comment must be given.
         edits: the fields that may be changed with it.
+        escalates: whether it is open to whom its state is escalated to.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Transition(Hook):
         approvals: int,
         comment: bool,
         edits: Names,
+        escalates: bool,
     ) -> None:
         super().__init__(function)
         self.sources = sources
@@ -45,6 +47,7 @@ class Transition(Hook):
         self.approvals = approvals
         self.comment = comment
         self.edits = frozenset(_names(edits))
+        self.escalates = escalates
         self.on_guard: Hook | None = None
 
     def guard(self, function: Callable[..., bool | str]) -> Hook:
@@ -64,7 +67,7 @@ class Deadlines(Hook):
         every: and from one to the next; None for a single one.
         escalate_after: from entering the state to its escalation.
         escalate_to: the role, or the field that names the person, that may then take every transition out of the state
-            that is not one person's.
+            that is not one person's, unless it says `escalates=False`.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ def transition(
     approvals: int = 1,
     comment: bool = False,
     edits: Names = (),
+    escalates: bool = True,
 ) -> Callable[[Callable[..., Any]], Transition]:
     """Declare a transition: a method that takes the `Act` and returns the event to publish with it, or None.
 
@@ -118,6 +122,7 @@ def transition(
         approvals: how many different persons must take it until it happens; each is a vote until then.
         comment: whether a comment must be given.
         edits: the fields that may be changed with it.
+        escalates: whether an escalation opens it to another role or person; False for what only its own roles may do.
     """
     return lambda function: Transition(
         function,
@@ -129,6 +134,7 @@ def transition(
         approvals=approvals,
         comment=comment,
         edits=edits,
+        escalates=escalates,
     )
 
 
@@ -150,7 +156,7 @@ def deadlines(
         every: from one reminder to the next; by default there is a single one.
         escalate_after: from entering the state to its escalation.
         escalate_to: the role, or the field that names the person, that may then take every transition out of the state
-            that is not one person's.
+            that is not one person's, unless it says `escalates=False`.
 
     Raises:
         DefinitionError: the times make no sense.

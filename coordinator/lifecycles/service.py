@@ -215,8 +215,9 @@ class Lifecycles:
         return await self.store.waiting(self.definitions.waiting_for(by.roles), (*by.roles, by.user), limit)
 
     async def _act(self, connection: AsyncConnection, transition: str, by: Actor, **about: Any) -> Act:
-        delegations = await self.store.delegations_to(connection, by.persons)
-        return Act(transition, by, self.store.clock.now(), delegations=delegations, **about)
+        now = self.store.clock.now()
+        delegations = await self.store.delegations_at(connection, now)
+        return Act(transition, by, now, delegations=delegations, **about)
 
     # Delegations
 
@@ -251,14 +252,14 @@ class Lifecycles:
         if lifecycle is not None:
             self.definitions.newest(lifecycle)
         own = by.user == from_user and by.acting_for is None and role in by.roles
-        if not own and ADMINISTRATOR not in by.roles:
+        if not own and not _is_administrator(by):
             raise NotAllowedError(
                 f"{by} may not delegate the role {role} of {from_user}: that takes {from_user}, with the role, or an"
                 f" {ADMINISTRATOR}"
             )
-        Actor(to_user, acting_for=from_user)  # refuses names that are none, and two that are one
-        if not why.strip() or not role.strip():
-            raise ConfigurationError("say which role is delegated, and why: both are kept")
+        Actor(to_user, {role}, acting_for=from_user)  # refuses names that are none, and two that are one
+        if not why.strip():
+            raise ConfigurationError("say why the role is delegated: that is kept")
         await self.store.clock.calibrate_if_old()
         now = self.store.clock.now()
         delegation = Delegation(
@@ -282,7 +283,7 @@ class Lifecycles:
             found = await self.store.load_delegation(connection, delegation)
             if found is None or found.revoked_at is not None:
                 raise ConfigurationError(f"there is no delegation {delegation} that could be taken back")
-            if by.user not in (found.from_user, found.to_user) and ADMINISTRATOR not in by.roles:
+            if by.user not in (found.from_user, found.to_user) and not _is_administrator(by):
                 raise NotAllowedError(f"{by} may not take back what {found.from_user} has delegated to {found.to_user}")
             await self.store.revoke(connection, delegation, by=str(by), at=self.store.clock.now())
 
@@ -315,3 +316,8 @@ class Lifecycles:
     async def send(self, connection: AsyncConnection, messages: Iterable[Outbound | None]) -> AfterCommit:
         """Write the events there are to the outbox. May stand in a block of `together`."""
         return await self._outbox.write(connection, [each for each in messages if each is not None])
+
+
+def _is_administrator(by: Actor) -> bool:
+    """Say whether somebody is an administrator himself: who acts for another person has none of his own roles."""
+    return by.acting_for is None and ADMINISTRATOR in by.roles

@@ -84,9 +84,11 @@ class LifecycleStore:
         )
         return [_entity(row) for row in await connection.execute(query)]
 
-    async def delegations_to(self, connection: AsyncConnection, users: Iterable[str]) -> list[Delegation]:
-        """Return all delegations that were ever given to `users`."""
-        query = select(lifecycle_delegation).where(lifecycle_delegation.c.to_user.in_(list(users)))
+    async def delegations_at(self, connection: AsyncConnection, at: datetime) -> list[Delegation]:
+        """Return all delegations that hold at a time, to whomever: how a name is spelt is not for the database."""
+        d = lifecycle_delegation.c
+        query = select(lifecycle_delegation).where(d.starts_at <= at, d.ends_at > at)
+        query = query.where(or_(d.revoked_at.is_(None), d.revoked_at > at))
         return [_delegation(row) for row in await connection.execute(query)]
 
     async def add_delegation(self, connection: AsyncConnection, delegation: Delegation) -> None:
@@ -191,6 +193,12 @@ class LifecycleStore:
                 yield entity, broken(entity, trail if trail[0]["revision"] is not None else [])
             if not rows:
                 return
+
+    async def lost(self) -> Sequence[UUID]:
+        """Return the ids of entities that are gone, and whose audit trail is there."""
+        h = lifecycle_history.c
+        left = select(h.entity_id).distinct().where(h.entity_id.not_in(select(lifecycle_entity.c.id)))
+        return [row.entity_id for row in await self._read(left.order_by(h.entity_id))]
 
     async def delegations(self, *, user: str | None = None, limit: int = 50) -> Sequence[Delegation]:
         """Return the newest delegations, those from or to a person only if one is given."""

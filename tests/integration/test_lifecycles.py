@@ -31,6 +31,7 @@ from events.codec import Limits
 from events.database import open_database, transaction
 from events.errors import ConfigurationError
 from events.ids import TimeOrderedIds
+from events.sqlite import without_foreign_keys
 from events.tables import outbox
 from tests.support.flows import START, FakeBus, ManualClock, envelopes, make_relay, until
 from tests.support.lifecycles import HOUR, Paper, PaperOut, PaperWaits, actor
@@ -253,7 +254,8 @@ async def test_an_administrator_delegates_and_takes_back_for_others(desk: Desk) 
         ({"by": CID}, NotAllowedError, "that takes bob, with the role, or an administrator"),
         ({"by": actor("bob", "author")}, NotAllowedError, "that takes bob, with the role"),
         ({"by": actor("bob", "editor", acting_for="cid")}, NotAllowedError, "that takes bob, with the role"),
-        ({"why": " "}, ConfigurationError, "say which role is delegated, and why"),
+        ({"by": actor("ada", ADMINISTRATOR, acting_for="cid")}, NotAllowedError, "that takes bob, with the role"),
+        ({"why": " "}, ConfigurationError, "say why the role is delegated"),
         ({"ends_at": START}, ConfigurationError, "would never hold"),
         ({"lifecycle": "letter"}, ConfigurationError, "no life cycle called letter; it has: paper"),
     ],
@@ -264,6 +266,23 @@ async def test_a_delegation_that_may_not_be_or_makes_no_sense_is_refused(
     with pytest.raises(error, match=said):
         await delegated(desk, **more)
     assert await desk.store.delegations() == []
+
+
+async def test_a_role_that_nobody_can_have_is_not_delegated(desk: Desk) -> None:
+    with pytest.raises(NotAllowedError, match="' editor' names no person and no role"):
+        await desk.papers.delegate(
+            "bob", "dan", " editor", by=ADA, ends_at=desk.store.clock.now() + timedelta(days=1), why="x"
+        )
+
+
+async def test_an_authors_delegate_is_known_however_his_name_is_spelt(desk: Desk) -> None:
+    await desk.create()
+    end = desk.store.clock.now() + timedelta(days=7)
+    made = await desk.papers.delegate("ann", "dan", "editor", by=actor("ann", "editor"), ends_at=end, why="holiday")
+    with pytest.raises(NotAllowedError, match="it takes somebody else than author and who stands in for him"):
+        await desk.act("accept", actor("Dan", "editor"))
+    await desk.papers.revoke(made.id, by=ANN)
+    assert (await desk.act("accept", actor("Dan", "editor"))).votes == {"accept": [("Dan", None)]}
 
 
 async def test_nobody_delegates_to_himself(desk: Desk) -> None:
@@ -378,6 +397,9 @@ async def test_an_audit_trail_that_is_whole_is_found_to_be(desk: Desk) -> None:
         ("DELETE FROM lifecycle_history WHERE revision = 4", "it is at revision 4, its audit trail at 3"),
         ("DELETE FROM lifecycle_history", "it is at revision 4, its audit trail at 0"),
         ("UPDATE lifecycle_entity SET state = 'refused'", "it is refused, which its audit trail does not say"),
+        ("UPDATE lifecycle_entity SET signatures = '{}'", "its signatures are not what its audit trail says"),
+        ('UPDATE lifecycle_entity SET votes = \'{"accept": [["eve", null]]}\'', "its votes are not what its audit"),
+        ("UPDATE lifecycle_entity SET escalated_to = 'eve'", "its escalated_to are not what its audit trail says"),
         ('UPDATE lifecycle_entity SET data = \'{"number": "p-1"}\'', "its data are not what its audit trail says"),
     ],
 )
@@ -391,6 +413,32 @@ async def test_an_audit_trail_that_somebody_has_changed_is_found_out(desk: Desk,
     found = await verified(desk)
     assert found["p-1"] is not None
     assert found["p-1"].startswith(said)
+
+
+async def test_votes_and_an_escalation_are_what_the_audit_trail_says(desk: Desk) -> None:
+    await desk.create()
+    await desk.pass_time(4)
+    await desk.act("accept", BOB)
+    waiting = await desk.papers.find("paper", "p-1")
+    assert (waiting.votes, waiting.escalated_to) == ({"accept": [("bob", None)]}, "chief")
+    assert await verified(desk) == {"p-1": None}
+    async with transaction(desk.engine) as connection:
+        await connection.execute(lifecycle_entity.update().values(votes={}, escalated_to=None))
+    assert await verified(desk) == {"p-1": "its votes and escalated_to are not what its audit trail says"}
+
+
+async def test_an_audit_trail_whose_entity_is_gone_is_found(sqlite_url: str) -> None:
+    """SQLite asks for no foreign keys where a tool does not."""
+    desk = Desk(sqlite_url, ManualClock())
+    await schema.upgrade(desk.engine)
+    await desk.store.clock.calibrate()
+    entity = await desk.create()
+    assert await desk.store.lost() == []
+    async with desk.engine.connect() as connection, without_foreign_keys(connection):
+        await connection.execute(lifecycle_entity.delete())
+        await connection.commit()
+    assert await desk.store.lost() == [entity.id]
+    await desk.engine.dispose()
 
 
 async def test_whoever_acts_while_an_audit_trail_is_checked_does_not_break_it(desks: list[Desk]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 
 from coordinator.catalog import DocumentApproval
+from coordinator.catalog.approvals import SAGA, approval
 from coordinator.lifecycles import (
     Act,
     Actor,
@@ -222,6 +223,12 @@ def test_an_author_cannot_accept_his_own_however_it_is_spelt(name: str) -> None:
         in_review().act("accept", actor(name, "editor"))
 
 
+@pytest.mark.parametrize("author", ["ann ", " Ann", "an\u200bn", "ann\n", "\u202eann"], ids=ascii)
+def test_what_nobody_sees_in_a_field_makes_no_other_person(author: str) -> None:
+    with pytest.raises(NotAllowedError, match="it takes somebody else than author"):
+        in_review(author=author).act("accept", actor("ann", "editor"))
+
+
 def test_who_has_submitted_cannot_accept() -> None:
     life = paper().act("submit", actor("eve", "author"))
     with pytest.raises(NotAllowedError, match="it takes somebody else than submit"):
@@ -235,8 +242,9 @@ def test_who_had_a_hand_in_it_long_ago_still_cannot_accept() -> None:
 
 
 def test_where_nobody_is_named_nobody_can_be_somebody_else() -> None:
-    with pytest.raises(NotAllowedError, match="author is empty"):
-        in_review(author=None).act("accept", BOB)
+    for nobody in (None, " ", "\u200b"):
+        with pytest.raises(NotAllowedError, match="author is empty"):
+            in_review(author=nobody).act("accept", BOB)
 
 
 def test_two_different_persons_are_needed_and_each_vote_is_kept() -> None:
@@ -388,6 +396,17 @@ def test_an_escalation_lets_another_role_decide_from_then_on() -> None:
         life.act("withdraw", chief)
     assert life.act("accept", chief).last.entry.role == "chief"
     assert life.act("accept", BOB).entity.state == "out"
+
+
+def test_an_escalation_does_not_open_what_only_a_saga_may_take_back() -> None:
+    """Withdrawn by a person, its saga would wait for a decision that nobody could take any more."""
+    kind = approval("big_order", role="manager", escalate_after=HOUR, escalate_to="director").lifecycle
+    saga, director = actor("saga 1", SAGA), actor("zoe", "director")
+    life = Life(kind.model_validate({"key": "1", "subject": "order 1", "requester": "ann"})).create(saga)
+    life.passes(HOUR)
+    with pytest.raises(NotAllowedError, match="zoe may not withdraw: that takes the role saga"):
+        life.act("withdraw", director)
+    assert life.act("grant", director).entity.state == "granted"
 
 
 class Leave(Lifecycle):
