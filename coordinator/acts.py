@@ -147,7 +147,9 @@ def _compensate(draft: Draft, given: Acted) -> None:
     _refuse_past_pivot(draft)
     for name, at in list(draft.steps.items()):
         if at.fan is not None and at.fan.stuck:
-            draft.set(name, status=StepStatus.UNDOING, fan=replace(at.fan, unseen=at.fan.begun))
+            if at.status is not StepStatus.UNDOING:
+                draft.turn(name)
+            draft.set(name, fan=replace(at.fan, unseen=at.fan.begun))
         elif at.status is StepStatus.UNDO_FAILED and at.fan is None:
             draft.settle(name, StepStatus.UNKNOWN)
     draft.turn_back(f"compensated by {given.by}: {given.why}")

@@ -52,7 +52,15 @@ class Draft:
 
     def settle(self, step: str, status: StepStatus, **changes: Any) -> None:
         """Set the status of a step from which no answer is awaited any more."""
-        self.set(step, status=status, due_at=None, made_of=None, **changes)
+        self.set(step, status=status, due_at=None, made_of=None, before_turn=None, alone=False, **changes)
+
+    def turn(self, step: str) -> None:
+        """Let a step for several items go back. What is sent again of before says what it said: keep what that was."""
+        at = self.steps[step]
+        under_way = at.fan is not None and at.fan.pending
+        before = (self.state if at.made_of is None else at.made_of) if under_way else None
+        self.settle(step, StepStatus.UNDOING)
+        self.set(step, before_turn=before)
 
     def change(self, saga: Saga, state: dict[str, Any]) -> None:
         """Give the saga another state. A command that is sent again says what it said before: keep what that was."""
@@ -365,12 +373,15 @@ class Draft:
     def ask_for(self, hook: Hook | None, name: str) -> tuple[Any, Any]:
         """Ask for the command of a step or of one of its items; `name` is that of its state.
 
-        All items of a step see the state as it was when the first was begun, or the first was undone.
+        All items of a step see the state as it was when the first was begun; once it has turned back, when the first
+        was undone.
         """
         at, (step, number) = self.steps[name], step_and_item(name)
         if number is None:
             return self.ask(hook, state=at.made_of)
-        return self.ask(hook, deepcopy(at.item), state=self.steps[step].made_of)
+        of_step = self.steps[step]
+        before = of_step.before_turn if at.status is StepStatus.RUNNING or at.alone else None
+        return self.ask(hook, deepcopy(at.item), state=of_step.made_of if before is None else before)
 
     def ask(self, hook: Hook | None, *arguments: Any, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
         """Ask the saga, as it is now or as it was in `state`; return its answer, or None and what went wrong."""

@@ -21,8 +21,6 @@ def fan_out(draft: Draft, node: Each) -> bool:
     if node.name not in draft.steps:
         _list(draft, node)
     fan = draft.count_items(node)
-    if draft.steps[node.name].status is StepStatus.SUCCEEDED and fan.pending:
-        draft.set(node.name, status=StepStatus.RUNNING)  # one that was over is being undone
     if draft.steps[node.name].status is not StepStatus.RUNNING:
         return draft.steps[node.name].status.done
     if fan.failed and not node.collect:  # there is no way back, and it is in the way
@@ -58,9 +56,9 @@ def fan_in(draft: Draft, node: Each) -> bool:
     at = draft.steps.get(node.name)
     if at is None or at.fan is None:
         return True
-    if at.status in (StepStatus.RUNNING, StepStatus.SUCCEEDED):
-        draft.settle(node.name, StepStatus.UNDOING)
     fan = draft.count_items(node)
+    if at.status in (StepStatus.RUNNING, StepStatus.SUCCEEDED):
+        draft.turn(node.name)
     unseen = fan.begun if fan.unseen is None else fan.unseen
     if node.step.undo is None:
         unseen = 0

@@ -123,6 +123,9 @@ class StepState:
         answer: what was heard of a step that is given up on or undone; None if nothing was.
         command: the type of the command, where a compensation will want to name it.
         made_of: the saga's state that the outstanding command was made of, where it has changed since.
+        before_turn: of a step for several items that goes back while some are under way: the state that what they were
+            sent before was made of.
+        alone: of one of these: its compensation was sent before its step has turned back.
         fan: of a step that is taken for each of several items: how far it has come.
         item: of one of these: the item.
     """
@@ -135,6 +138,8 @@ class StepState:
     answer: Result | None = None
     command: str | None = None
     made_of: dict[str, Any] | None = None
+    before_turn: dict[str, Any] | None = None
+    alone: bool = False
     fan: Fan | None = None
     item: Any = None
 
@@ -157,18 +162,20 @@ class StepState:
             document["answer"] = self.answer.value
         if self.command:
             document["command"] = self.command
-        if self.made_of is not None:
-            document["made_of"] = self.made_of
+        if self.alone:
+            document["alone"] = True
         if self.fan is not None:
             document["fan"] = self.fan.to_json()
-        if self.item is not None:
-            document["item"] = self.item
+        for name in ("made_of", "before_turn", "item"):
+            if (value := getattr(self, name)) is not None:
+                document[name] = value
         return document
 
     def to_history(self) -> dict[str, Any]:
         """Return plain data for the history, which tells already what state a command was made of."""
         document = self.to_json()
         document.pop("made_of", None)
+        document.pop("before_turn", None)
         return document
 
     @classmethod
@@ -184,6 +191,8 @@ class StepState:
             Result(answer) if answer else None,
             document.get("command"),
             document.get("made_of"),
+            document.get("before_turn"),
+            document.get("alone", False),
             Fan(**document["fan"]) if "fan" in document else None,
             document.get("item"),
         )

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from coordinator.decision import Request
 from coordinator.draft import Draft
-from coordinator.instance import StepStatus
+from coordinator.instance import StepStatus, step_and_item
 from coordinator.steps import Deadline, Hook, Step
 from events.derive import derive_id
 from events.envelope import Direction, Result
@@ -17,8 +17,19 @@ def undo(draft: Draft, step: Step, name: str) -> None:
     attempt = at.undo_attempt + 1
     # From now on only this tells a success that comes a second time from one that comes late.
     answer = Result.SUCCEEDED if at.status is StepStatus.SUCCEEDED else at.answer
-    draft.set(name, status=StepStatus.UNDOING, answer=answer, undo_attempt=attempt, sends=0, made_of=None)
+    alone = _go_on_with(draft, name)
+    draft.set(name, status=StepStatus.UNDOING, answer=answer, undo_attempt=attempt, sends=0, made_of=None, alone=alone)
     send(draft, step, name, Direction.UNDO, attempt, 1)
+
+
+def _go_on_with(draft: Draft, name: str) -> bool:
+    """Let the step whose item is undone be under way, if it was over; say whether the other items go on."""
+    step, number = step_and_item(name)
+    if number is None:
+        return False
+    goes_on = draft.steps[step].status in (StepStatus.RUNNING, StepStatus.SUCCEEDED)
+    draft.set(step, status=StepStatus.RUNNING if goes_on else StepStatus.UNDOING)
+    return goes_on
 
 
 def try_anew(draft: Draft, step: Step, name: str) -> None:

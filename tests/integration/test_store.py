@@ -128,7 +128,8 @@ async def test_every_field_comes_back_as_it_was(store: Store) -> None:
         for answer in (None, *Result)
     }
     steps["plain"] = StepState(StepStatus.RUNNING)
-    steps["of_nothing"] = StepState(StepStatus.UNDOING, made_of={})
+    steps["of_nothing"] = StepState(StepStatus.UNDOING, made_of={}, before_turn={})
+    steps["turned"] = StepState(StepStatus.UNDOING, made_of={"now": 1}, before_turn={"before": [TRICKY]}, alone=True)
     full = made(
         key=TRICKY,
         version=2,

@@ -377,9 +377,7 @@ class World:
         same = [each for each in asked if each.id == request.id]
         if same:
             assert isinstance(given, Elapsed | Acted)
-            fan = decision.instance.steps[step_and_item(name)[0]].fan
-            if fan is None or fan.unseen is None:  # items on the way back are asked for with the state as it is then
-                assert all(each.command == request.command for each in same)
+            assert all(each == request for each in same)
             return
         of_step = [each.attempt for each in asked if (each.step, each.direction) == (name, request.direction)]
         assert request.attempt == max(of_step, default=0) + 1

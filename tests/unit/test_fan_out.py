@@ -1,14 +1,16 @@
 """One step for each of several items, branches of which not all are needed, and children: decided on by hand."""
 
+from dataclasses import replace
 from typing import Any, Self
 
 import pytest
 from pydantic_core import to_json
 
-from coordinator.decision import Verb
+from coordinator.decide import decide
+from coordinator.decision import Acted, Verb
 from coordinator.definition import Saga
 from coordinator.flow import each, parallel, sequence
-from coordinator.instance import Status, StepStatus
+from coordinator.instance import Status, StepState, StepStatus
 from coordinator.steps import Backoff, compensated, completed, starts_on, step
 from coordinator.testing import SagaRun
 from events.envelope import Direction, Result
@@ -189,6 +191,68 @@ def test_the_history_does_not_repeat_the_state_with_each_item() -> None:
     for number in range(3):
         run.succeeds(Labelled(label="a"), step=f"ship[{number}]")
     assert all(b"parcels" not in to_json(decision.entry.change) for decision in run.decisions[1:])
+
+
+class Counted(Delivery):
+    """Every command says how many parcels were shipped by then."""
+
+    @step
+    def ship(self, item: dict[str, str]) -> ShipParcel:
+        return ShipParcel(order=f"{self.shipped} shipped", **item)
+
+    @ship.succeeded
+    def labelled(self, item: dict[str, str], _: Labelled) -> dict[str, str]:
+        self.shipped += 1
+        return item
+
+    @ship.compensation
+    def call_back(self, item: dict[str, str]) -> CallBack:
+        return CallBack(**item, label=f"{self.shipped} shipped")
+
+    flow = sequence(Delivery.pick, each(Delivery.all_parcels, ship, limit=2))
+
+
+class CountedTolerant(Counted):
+    """Goes on without those that cannot be shipped."""
+
+    flow = sequence(Delivery.pick, each(Delivery.all_parcels, Counted.ship, limit=2, on_failure="collect"))
+
+
+def test_an_item_that_is_sent_again_when_others_are_undone_says_what_it_said() -> None:
+    run = delivery(3, Counted).succeeds(Labelled(label="a"), step="ship[0]")
+    assert run.sent == [ship_last := ShipParcel(order="0 shipped", parcel="p-2")]
+    run.declines("no", step="ship[1]")
+    assert run.sent == [call_back := CallBack(parcel="p-0", label="1 shipped")]
+    assert run.acts(Verb.RETRY, "ship[2]").sent == [ship_last]
+    assert run.acts(Verb.RETRY, "ship[0]").sent == [call_back]
+    run.succeeds(Labelled(label="c"), step="ship[2]")
+    assert run.sent == [CallBack(parcel="p-2", label="1 shipped")], "as when the first was undone"
+    assert run.acts(Verb.RETRY, "ship[0]").sent == [call_back]
+    run.succeeds(step="ship[0]").succeeds(step="ship[2]")
+    steps = run.instance.steps
+    assert (steps["ship"].made_of, steps["ship"].before_turn) == (None, None), "kept no longer than it is needed"
+
+
+def test_an_item_that_is_undone_alone_says_so_again_when_others_are_undone_too() -> None:
+    run = delivery(2, CountedTolerant).fails(step="ship[0]")
+    assert run.sent == [alone := CallBack(parcel="p-0", label="0 shipped")]
+    run.succeeds(Labelled(label="b"), step="ship[1]").acts(Verb.CANCEL)
+    assert run.sent == [with_all := CallBack(parcel="p-1", label="1 shipped")]
+    assert run.acts(Verb.RETRY, "ship[0]").sent == [alone]
+    assert run.passes(300).sent == [with_all]
+    assert run.passes(300).sent == [alone]
+
+
+def test_what_an_older_process_has_stored_is_sent_again_as_it_would_have_done() -> None:
+    run = delivery(3, Counted).succeeds(Labelled(label="a"), step="ship[0]").declines("no", step="ship[1]")
+    steps = dict(run.instance.steps)
+    steps["ship"] = StepState.from_json(
+        {name: value for name, value in steps["ship"].to_json().items() if name != "before_turn"}
+    )
+    stored = replace(run.instance, steps=steps)
+    again = decide(run.definition, stored, Acted(Verb.RETRY, "ada", "a test", run.now, "ship[2]"))
+    assert again is not None
+    assert [each.command for each in again.requests] == [ShipParcel(order="1 shipped", parcel="p-2")]
 
 
 @pytest.mark.parametrize(
