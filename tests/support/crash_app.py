@@ -4,7 +4,8 @@ CRASH_AT is a list like `handler.before_commit:kill:2,retries.claimed:raise:1`: 
 which time of coming there. Each happens once, whatever is started again: CRASH_MARKS is the folder of those that have
 happened.
 
-CRASH_PLANT takes one defence away, to show that the checks find that; see `PLANTS`.
+CRASH_PLANT takes one defence away, to show that the checks find that; see `PLANTS`. CRASH_LEASE is how many seconds a
+lease lasts, where nobody has the time to wait for those of production.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +26,8 @@ from events import relay
 from events.database import transaction
 from events.failpoints import armed
 from events.intake import Item
-from events.relay import Entry, Relay
+from events.relay import Entry, Relay, RelayOptions
+from handlers import group, retries
 from handlers.inbox import NOTHING, Inbox, Known, Recorded
 from handlers.outcome import Outcome
 from handlers.recording import Recorder
@@ -53,6 +56,8 @@ def arm(stack: ExitStack, place: str, what: str, hit: int, mark: Path) -> None:
         match what:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":  # until somebody lets it go on
+                os.kill(os.getpid(), signal.SIGSTOP)
             case "terminate":  # as an operator does
                 os.kill(os.getpid(), signal.SIGTERM)
             case "stall":  # for longer than the deadlines of a case that is about them
@@ -126,6 +131,14 @@ def plant_two_transactions() -> None:
     patch.object(Recorder, "store", apart).start()
 
 
+def shorten_leases(seconds: float) -> None:
+    """Let rows of the outbox and tries belong to this process for a shorter time."""
+    patch.object(relay, "RelayOptions", partial(RelayOptions, lease=seconds)).start()
+    patch.object(retries, "LEASE", seconds).start()
+    patch.object(group, "LEASE", seconds).start()
+    patch.object(group, "_RENEW_EVERY", seconds / 3).start()
+
+
 PLANTS = {
     "ack_first": plant_ack_first,
     "delete_first": plant_delete_first,
@@ -140,3 +153,5 @@ for _number, _each in enumerate(filter(None, os.environ.get("CRASH_AT", "").spli
     arm(_stack, _place, _what, int(_hit), Path(os.environ["CRASH_MARKS"]) / f"{_number}")
 if _plant := os.environ.get("CRASH_PLANT"):
     PLANTS[_plant]()
+if _lease := os.environ.get("CRASH_LEASE"):
+    shorten_leases(float(_lease))

@@ -1,4 +1,9 @@
-"""A process that fails where it is told to, with a broker and a database of its own, and a tap on the wire."""
+"""A process that fails where it is told to, with a broker and a database of its own, and a tap on the wire.
+
+One that is told to stop stands still there, for longer than all leases, and then goes on as if nothing had happened.
+Where several processes may work on one database a second one takes its work over meanwhile; and when that has ended,
+the first one must be able to do further work alone.
+"""
 
 import asyncio
 import sqlite3
@@ -23,7 +28,7 @@ from tests.support.tap import Tap
 
 APP = "tests.support.crash_app:app"
 ORDERS = 12
-REFUSED = len(range(0, ORDERS, 5))
+FURTHER_ORDERS = 6
 PATIENCE = 60.0  # seconds without any progress; processes start slowly on a machine that is busy
 
 STORES = ("servers", "embedded", "mixed")
@@ -31,14 +36,20 @@ STORES = ("servers", "embedded", "mixed")
 
 _one_migration = threading.Lock()  # Alembic has one context for all threads
 
-EXPECTED = {
-    "order.placed": ORDERS,
-    **dict.fromkeys(("reserve", "charge", "ship"), ORDERS),
-    **dict.fromkeys(("refund", "release"), REFUSED),
-    "order.done": ORDERS - REFUSED,
-    "order.undone": REFUSED,
-}
-"""How many events of each type there are in the end, beside the replies."""
+STANDS_STILL = 40.0  # seconds: RabbitMQ drops a connection after 20 to 30, the other leases are shorter
+SHORT_LEASE = 2.0  # where that is too long; a quarter of the time for which a process then stands still
+
+
+def expected(batches: list[int]) -> dict[str, int]:
+    """Return how many events of each type there are in the end, beside the replies."""
+    orders, refused = sum(batches), sum(len(range(0, batch, 5)) for batch in batches)
+    return {
+        "order.placed": orders,
+        **dict.fromkeys(("reserve", "charge", "ship"), orders),
+        **dict.fromkeys(("refund", "release"), refused),
+        "order.done": orders - refused,
+        "order.undone": refused,
+    }
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Case:
         hit: at which time of coming there it happens.
         environment: further settings of the process.
         plant: a defence that is taken away, so that something is to be found.
+        short_leases: do not wait for leases as long as those of production.
+        holds_others: a process that stands still here holds what all others need.
     """
 
     place: str
@@ -59,6 +72,13 @@ class Case:
     hit: int = 2
     environment: tuple[tuple[str, str], ...] = ()
     plant: str = ""
+    short_leases: bool = False
+    holds_others: bool = False
+
+    @property
+    def has_second(self) -> bool:
+        """Whether another process takes over what the first one stands still with."""
+        return self.what == "stop" and self.store == "servers"
 
     @property
     def crash_at(self) -> list[str]:
@@ -82,27 +102,41 @@ class World:
         self.folder = folder
         self._rabbitmq = rabbitmq
         self._postgres = postgres
+        self._placed: list[UUID] = []
+        self._batches: list[int] = []
+        self._stopped_at = 0.0
+        self._work_then: object = None
 
     def run(self) -> Ran:
-        ran = Ran()
+        ran = Ran(placed=self._placed)
         with ExitStack() as stack:
             environment = self._servers(stack)
-            ran.placed = place_orders(self._database, ORDERS)
+            self._place(ORDERS)
             environment |= {
                 "CRASH_AT": ",".join(self.case.crash_at),
                 "CRASH_MARKS": str(self.folder),
                 "CRASH_PLANT": self.case.plant,
+                "CRASH_LEASE": str(SHORT_LEASE) if self.case.short_leases else "",
                 **dict(self.case.environment),
             }
-            log = self.folder / "log"
-            process = stack.enter_context(Process(log, "run", APP, environment=environment))
+            process = Process(self.folder / "log", "run", APP, environment=environment)
+            self._second = Process(self.folder / "second.log", "run", APP, environment=environment)
+            stack.push(self._second)
+            stack.enter_context(process)
             try:
                 self._wait(process)
-                self._check(ran.placed)
+                self._check_crashes()
+                if self.case.what == "stop":
+                    self._go_on(process)
+                self._check()
             except (AssertionError, TimeoutError) as error:
                 ran.problem = str(error)
-            ran.log = log.read_text(errors="replace")
+            ran.log = "\n".join(log.read_text(errors="replace") for log in self.folder.glob("*log"))
         return ran
+
+    def _place(self, count: int) -> None:
+        self._placed += place_orders(self._database, count)
+        self._batches.append(count)
 
     def ask(self, statement: str) -> list[tuple[Any, ...]]:
         if self.case.store == "servers":
@@ -134,7 +168,9 @@ class World:
         if self.case.store != "embedded":
             self.tap = Tap(self._database)
             broker = stack.enter_context(self._rabbitmq.vhost())
-            environment["COORDINATOR_BROKER_URL"] = stack.enter_context(self.tap.on(broker))
+            url_of_tap = stack.enter_context(self.tap.on(broker))
+            heartbeat = f"?heartbeat={SHORT_LEASE:.0f}" if self.case.short_leases else ""
+            environment["COORDINATOR_BROKER_URL"] = url_of_tap + heartbeat
         with _one_migration:
             asyncio.run(_make_tables(url))
         return environment
@@ -144,21 +180,49 @@ class World:
             process.start()  # as systemd does
         if self.tap and self.tap.found:
             return True
+        if self.case.what == "stop" and self._stands_still(process):
+            return False
         counts = self.ask("SELECT count(*) FROM saga_instance WHERE status NOT IN ('running', 'compensating')")
         waits = self.ask("SELECT count(*) FROM retry") + self.ask("SELECT count(*) FROM outbox")
-        return counts == [(ORDERS,)] and waits == [(0,), (0,)]
+        return counts == [(len(self._placed),)] and waits == [(0,), (0,)]
 
-    def _check(self, placed: list[UUID]) -> None:
+    def _stands_still(self, process: Process) -> bool:
+        """Say whether the process stands still; let it go on when it has done so for long enough."""
+        if not process.is_stopped:
+            return False
+        if not self._stopped_at:
+            self._stopped_at, self._work_then = time.monotonic(), self._work()
+            if self.case.has_second:
+                self._second.start()
+        is_over = time.monotonic() > self._stopped_at + (4 * SHORT_LEASE if self.case.short_leases else STANDS_STILL)
+        takes_over = self.case.has_second and not self.case.holds_others
+        if not is_over or (takes_over and self._work() == self._work_then):
+            return True
+        process.resume()
+        return False
+
+    def _go_on(self, process: Process) -> None:
+        """Let the process that stood still do further work, alone, and come to an end of its own."""
+        if self.case.has_second:
+            assert self._second.terminate() == 0, "the second process does not end well"
+            self._place(FURTHER_ORDERS)
+            self._wait(process)
+        assert process.terminate() == 0, "the process does not end well"
+
+    def _check_crashes(self) -> None:
         if self.tap:
             assert not self.tap.found, "\n".join(self.tap.found)
         for number, each in enumerate(self.case.crash_at):
             assert (self.folder / str(number)).exists(), f"the process never came to {each}"
-        check_ledger(self.ask, self.ask_outside, placed)
+
+    def _check(self) -> None:
+        self._check_crashes()
+        check_ledger(self.ask, self.ask_outside, self._placed)
         if self.case.store == "servers":
             check_atomic(self.ask)
         if self.tap:
-            types = self.tap.types
-            assert {each: types[each] for each in EXPECTED} == EXPECTED, f"I7, I8: {types}"
+            types, wanted = self.tap.types, expected(self._batches)
+            assert {each: types[each] for each in wanted} == wanted, f"I7, I8: {types}"
             assert self.tap.acknowledged, "I6: nothing was acknowledged"
 
     def _wait(self, process: Process) -> None:
@@ -177,8 +241,11 @@ class World:
 
     def _progress(self, process: Process) -> object:
         """What only grows, and does as long as something comes of what is done."""
-        rows = [self.ask(f"SELECT count(*) FROM {table}") for table in ("saga_history", "inbox")]
-        return rows, process.log.count("is running"), len(list(self.folder.glob("[0-9]")))
+        return self._work(), process.log.count("is running"), len(list(self.folder.glob("[0-9]")))
+
+    def _work(self) -> object:
+        """What has been done, by whomever."""
+        return [self.ask(f"SELECT count(*) FROM {table}") for table in ("saga_history", "inbox")]
 
 
 async def _make_tables(url: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'coordinator'; from coordinator.cli import main; main()"]
 
 
@@ -31,6 +33,20 @@ class Process:
     def has_ended(self) -> bool:
         """Whether it was started and is no more."""
         return self._process is not None and self._process.poll() is not None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it stands still, after a SIGSTOP."""
+        return (
+            self._process is not None
+            and not self.has_ended
+            and psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
+        )
+
+    def resume(self) -> None:
+        """Let it go on after a SIGSTOP."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill9(self) -> None:
         assert self._process is not None
