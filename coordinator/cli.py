@@ -5,7 +5,7 @@ standard error that says what to do.
 """
 
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,7 @@ from coordinator.settings import load_settings
 from coordinator.store import Store
 from coordinator.timer_commands import timers
 from events.clock import SystemClock
+from events.dead_letters import storable
 from events.errors import ConfigurationError, CoordinatorError
 
 cli = typer.Typer(
@@ -68,6 +69,7 @@ class ChartFormat(StrEnum):
 def main() -> None:
     """Run the command line; errors of ours and of the servers are one line, and exit code 1."""
     try:
+        _refuse_bytes(sys.argv)
         cli()
     except CoordinatorError as error:
         _fail(str(error))
@@ -77,7 +79,16 @@ def main() -> None:
             _fail("the database has no schema yet; run `coordinator db upgrade`, or start the application")
         _fail(f"the database refuses: {cause}")
     except OSError as error:
+        if error.filename:
+            _fail(f"{error.filename} cannot be opened: {error.strerror}")
         _fail(f"a server cannot be reached: {error}; check COORDINATOR_BROKER_URL and COORDINATOR_DATABASE_URL")
+
+
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are not UTF-8: no database could look for them, or keep them."""
+    for each in arguments:
+        if storable(each) != each:
+            raise ConfigurationError(f"{each!r} is no text in UTF-8; write it anew")
 
 
 def _fail(text: str) -> NoReturn:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -14,6 +14,7 @@ from rich.console import Console
 from coordinator import dead_letter_views as views
 from coordinator import process
 from coordinator.app import App
+from coordinator.durations import utc_if_any
 from coordinator.loading import load_app
 from coordinator.node import open_reading, open_schema
 from coordinator.settings import load_settings
@@ -64,7 +65,7 @@ def list_letters(
     if status not in ("dead", "replayed", "discarded", "any"):
         raise ConfigurationError(f"--status takes dead, replayed, discarded or any, not {status!r}")
     wanted = None if status == "any" else status
-    query = Query(None, handler, reason, fingerprint, message_type, saga, wanted, _utc(since), _utc(until))
+    query = Query(None, handler, reason, fingerprint, message_type, saga, wanted, utc_if_any(since), utc_if_any(until))
 
     async def work(letters: DeadLetters) -> None:
         if groups:
@@ -113,7 +114,7 @@ def replay_letters(
 
     The exit code is 1 if one is not replayed.
     """
-    query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
+    query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, utc_if_any(since), utc_if_any(until))
     _refuse_vague(query, ids, everything=everything)
     who = by or process.login()
     printer = views.PlanPrinter(out, dry_run=dry_run, as_json=as_json)
@@ -178,7 +179,7 @@ def discard_letters(
 
     One that was replayed and still waits to be tried is called back, if it is named by its id.
     """
-    query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, _utc(since), _utc(until))
+    query = Query(None, handler, reason, fingerprint, message_type, saga, DEAD, utc_if_any(since), utc_if_any(until))
     _refuse_vague(query, ids, everything=everything)
     who = by or process.login()
 
@@ -196,7 +197,9 @@ def discard_letters(
 
 @dead_letters.command("purge")
 def purge_letters(
-    older_than: Annotated[float, typer.Option(metavar="DAYS", min=0, help="days since it was replayed or discarded")],
+    older_than: Annotated[
+        float, typer.Option(metavar="DAYS", min=0, max=100_000, help="days since it was replayed or discarded")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say how many there are, and delete none")] = False,
 ) -> None:
     """Delete letters that were replayed or discarded so long ago. What is dead is kept, and what waits to be tried."""
@@ -232,10 +235,6 @@ def _consumers(app: App) -> Consumers:
     if app.definitions:
         found[COORDINATOR] = app.coordinated.registry
     return found
-
-
-def _utc(moment: datetime | None) -> datetime | None:
-    return moment.replace(tzinfo=UTC) if moment else None
 
 
 def _with_letters(

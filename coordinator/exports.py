@@ -36,11 +36,18 @@ def read(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigurationError: a line is none of it.
     """
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_texts(lines), 1):
         try:
             document = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"line {number} is no JSON: {error}") from error
         if not isinstance(document, dict) or not {"id", "saga", "version", "state", "history"} <= document.keys():
             raise ConfigurationError(f"line {number} is no saga; write the file with `coordinator sagas export`")
         yield document
+
+
+def _texts(lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"this is no text in UTF-8: {error}; an archive is to be unpacked first") from error

@@ -1,10 +1,9 @@
 """`coordinator verify` and `coordinator sagas archive`: histories are checked, and taken out of the database."""
 
-import re
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from coordinator import process
 from coordinator.archive import Archive, ArchiveFile
+from coordinator.durations import age, ago, utc_if_any
 from coordinator.history_views import print_archived, print_checked, print_finding, print_planned
 from coordinator.node import open_reading, open_schema
 from coordinator.settings import load_settings
@@ -22,9 +22,6 @@ from events.errors import ConfigurationError
 from events.storeclock import StoreClock
 
 out = Console()
-
-_SPANS = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
-_span = re.compile(r"(\d{1,9})([dhms])")
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
@@ -41,7 +38,7 @@ def verify(
 
     async def work() -> bool:
         async with open_reading(settings) as engine:
-            verification = Verification(engine, SystemClock(), since=since and since.replace(tzinfo=UTC))
+            verification = Verification(engine, SystemClock(), since=utc_if_any(since))
             counts: Counter[str] = Counter()
             async for finding in verification.findings():
                 counts[finding.invariant] += 1
@@ -69,7 +66,7 @@ def archive(
     as_json: AsJson = False,
 ) -> None:
     """Write sagas that have ended to a file, and delete them. May be stopped at any time, and run again."""
-    before, keys = _age(finished_before), _age(keys_kept)
+    before, keys = age(finished_before), age(keys_kept)
     if not dry_run and (to is None) is not discard:
         raise ConfigurationError("say where they are written: --to FILE.jsonl.gz; or --discard to keep nothing")
     settings = load_settings()
@@ -81,7 +78,7 @@ def archive(
             clock = StoreClock(engine, SystemClock())
             await clock.calibrate()
             now = clock.now()
-            archiving = Archive(engine, SystemClock(), before=now - before, keys_before=now - keys)
+            archiving = Archive(engine, SystemClock(), before=ago(before, now), keys_before=ago(keys, now))
             if dry_run:
                 print_planned(out, *await archiving.count(), as_json=as_json)
                 return
@@ -91,10 +88,3 @@ def archive(
             print_archived(out, archiving.done, as_json=as_json)
 
     process.run(work())
-
-
-def _age(given: str) -> timedelta:
-    found = _span.fullmatch(given)
-    if found is None:
-        raise ConfigurationError(f"an age is a number and d, h, m or s: 30d, not {given!r}")
-    return timedelta(**{_SPANS[found[2]]: int(found[1])})

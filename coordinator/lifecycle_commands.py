@@ -1,7 +1,7 @@
 """`coordinator lifecycles`: entities with a life cycle are created, moved and looked at; people stand in for others."""
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
@@ -11,6 +11,7 @@ from pydantic_core import from_json
 from rich.console import Console
 
 from coordinator import process
+from coordinator.durations import utc, utc_if_any
 from coordinator.lifecycle_views import print_audit, print_delegations, print_entities, print_entity, print_verified
 from coordinator.lifecycles import Actor, Lifecycle, Lifecycles, NoSuchEntityError
 from coordinator.lifecycles.charts import state_diagram
@@ -150,8 +151,8 @@ def list_audit(
         "lifecycle": lifecycle,
         "key": key,
         "user": user,
-        "since": _utc(since),
-        "until": _utc(until),
+        "since": utc_if_any(since),
+        "until": utc_if_any(until),
     }
 
     async def work(store: LifecycleStore) -> None:
@@ -200,7 +201,7 @@ def delegate_role(
     as_json: AsJson = False,
 ) -> None:
     """Let somebody act for somebody else in one role, for a time."""
-    who, ends_at = _actor(by, role), until.replace(tzinfo=UTC)
+    who, ends_at = _actor(by, role), utc(until)
 
     async def work(opened: Lifecycles) -> None:
         made = await opened.delegate(
@@ -208,7 +209,7 @@ def delegate_role(
             to_user,
             delegated,
             by=who,
-            starts_at=_utc(since),
+            starts_at=utc_if_any(since),
             ends_at=ends_at,
             why=why,
             lifecycle=lifecycle,
@@ -291,10 +292,6 @@ def _read(cls: type[Lifecycle], fields: dict[str, Any]) -> Lifecycle:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise ConfigurationError(f"this is no {cls.definition.name}: {wrong}") from error
-
-
-def _utc(moment: datetime | None) -> datetime | None:
-    return None if moment is None else moment.replace(tzinfo=UTC)
 
 
 def _with_app(app: str, work: Callable[[Lifecycles], Awaitable[None]]) -> None:

@@ -3,18 +3,19 @@
 Each takes one saga, or the options that say which sagas are meant.
 """
 
-import json
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import from_json
 from rich.console import Console
 
 from coordinator import process, views
 from coordinator.decision import Resolution, Verb
+from coordinator.durations import utc
 from coordinator.loading import load_app
 from coordinator.operator import Operator, open_operator
 from coordinator.process import login
@@ -153,13 +154,13 @@ def _read(given: dict[str, str]) -> dict[str, Any]:
             moment = datetime.fromisoformat(given["TIME"])
         except ValueError:
             raise ConfigurationError(f"{given['TIME']!r} is no time; write 2026-12-24T12:00, in UTC") from None
-        about["until"] = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        about["until"] = utc(moment)
     return about
 
 
 def _read_data(text: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise ConfigurationError(f"--data is no JSON: {error}") from None
     if not isinstance(data, dict):

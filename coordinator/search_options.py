@@ -1,11 +1,12 @@
 """The options with which every command says which sagas it means."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 
 import typer
 
+from coordinator.durations import utc_if_any
 from coordinator.instance import Status, StepStatus
 from coordinator.search import Query
 from events.errors import ConfigurationError
@@ -47,8 +48,8 @@ def query_of(
         key,
         name or None,
         StepStatus(step_status) if has_status else None,
-        since and since.replace(tzinfo=UTC),
-        until and until.replace(tzinfo=UTC),
+        utc_if_any(since),
+        utc_if_any(until),
         tuple(_field(each) for each in where or ()),
     )
 

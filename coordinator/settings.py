@@ -5,11 +5,15 @@ from pathlib import Path
 
 from pydantic import DirectoryPath, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from events.codec import Limits
 from events.errors import ConfigurationError
 
 EMBEDDED = "embedded:"
+_LAST_PORT = 65_535
+_YEAR = 366 * 86_400.0
 
 
 class Settings(BaseSettings):
@@ -38,10 +42,13 @@ class Settings(BaseSettings):
     max_body: int = Field(default=256 * 1024, ge=1024, description="largest message in bytes")
     max_headers: int = Field(default=16 * 1024, ge=256, description="largest AMQP headers in bytes")
     wait: float = Field(default=60.0, ge=0, description="seconds to wait at start for servers that are not up yet")
-    grace: float = Field(default=20.0, ge=0, description="seconds that running handlers get to end at shutdown")
+    grace: float = Field(
+        default=20.0, ge=0, le=_YEAR, description="seconds that running handlers get to end at shutdown"
+    )
     max_stall: float = Field(
         default=60.0,
         ge=0,
+        le=_YEAR,
         description="seconds that the event loop may stand still, or a handler that was cancelled go on, before the"
         " process exits; 0 for ever",
     )
@@ -70,9 +77,20 @@ class Settings(BaseSettings):
     @classmethod
     def _known_database(cls, value: SecretStr) -> SecretStr:
         scheme = value.get_secret_value().partition(":")[0].partition("+")[0]
-        if scheme in ("postgresql", "sqlite"):
-            return value
-        raise ValueError("write postgresql://... or sqlite:///file")
+        if scheme not in ("postgresql", "sqlite"):
+            raise ValueError("write postgresql://... or sqlite:///file")
+        try:
+            make_url(value.get_secret_value())
+        except (ArgumentError, ValueError):
+            raise ValueError("it cannot be read; write postgresql://user:password@host:5432/name") from None
+        return value
+
+    @field_validator("health")
+    @classmethod
+    def _possible_port(cls, value: str) -> str:
+        if value and int(value.rpartition(":")[2]) > _LAST_PORT:
+            raise ValueError(f"ports end at {_LAST_PORT}")
+        return value
 
     def read_broker_url(self) -> str:
         """Return the broker's URL as it is now: the files in `secrets` may have changed.

@@ -1,6 +1,6 @@
 """`coordinator timers list|move|cancel`: deadlines and next attempts, of all sagas."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 
 import typer
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from coordinator import process, views
 from coordinator.decision import Verb
+from coordinator.durations import utc_if_any
 from coordinator.node import open_reading
 from coordinator.saga_commands import AsJson, act_command
 from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, Until, Where, query_of
@@ -36,7 +37,7 @@ def list_timers(
 ) -> None:
     """List what is due, the earliest first."""
     query, settings = query_of(saga, status, key, step, since, until, where), load_settings()
-    before = due_before and due_before.replace(tzinfo=UTC)
+    before = utc_if_any(due_before)
 
     async def looking() -> None:
         async with open_reading(settings) as engine:

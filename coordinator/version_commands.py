@@ -51,7 +51,7 @@ def list_versions(app: AppOption = None, as_json: AsJson = False) -> None:
 
 def forget_version(
     saga: SagaName,
-    version: Annotated[int, typer.Argument(metavar="VERSION", help="its version")],
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, max=2**31 - 1, help="its version")],
 ) -> None:
     """Forget what a version was like, so that its definition may change; refused while it has instances in flight."""
     settings = load_settings()

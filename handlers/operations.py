@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from math import inf
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from handlers.tables import handler_change, handler_process, handler_setting, re
 
 logger = logging.getLogger(__name__)
 
+_MOST_AT_A_TIME = 10_000
 _ALIVE = timedelta(seconds=5)
 _KNOWN = timedelta(minutes=1)  # that a process has died says nothing about its handlers
 _SIGN_EVERY = timedelta(seconds=2)
@@ -64,8 +66,10 @@ class Setting:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        if self.rate is not None and not self.rate > 0:
+        if self.rate is not None and not 0 < self.rate < inf:
             raise ConfigurationError("a rate is more than 0 messages a second; to stop a handler, pause it")
+        if self.concurrency is not None and self.concurrency > _MOST_AT_A_TIME:
+            raise ConfigurationError(f"a handler runs {_MOST_AT_A_TIME} messages at a time at most, in one process")
         if self.concurrency is not None and self.concurrency < 1:
             raise ConfigurationError("a handler runs at least one message at a time; to stop it, pause it")
         if strange := set(self.retry) - set(RETRY_SETTINGS):

@@ -6,13 +6,15 @@ spreads what failed together; the two stages are NServiceBus's immediate and del
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from math import isnan
+from math import isfinite, isnan
 from typing import Literal
 
 from events.errors import DefinitionError, RejectedError
 from events.ids import Random
 
 _QUICK_FIRST = 0.05
+_MOST = 10 * 366 * 86_400.0  # seconds: ten years
+_MOST_TRIES = 1_000_000
 _QUICK_MOST = 4  # with the bounds 0.05, 0.1, 0.2 and 0.4 s a message is held for less than a second
 
 
@@ -48,6 +50,10 @@ class Retry:
     crashes: int = 3
 
     def __post_init__(self) -> None:
+        if not all(isfinite(time) and time <= _MOST for time in (self.first, self.factor, self.most, self.budget)):
+            raise DefinitionError(f"{self}: times and the factor are numbers, {_MOST:.0f} at most")
+        if self.attempts > _MOST_TRIES or self.crashes > _MOST_TRIES:
+            raise DefinitionError(f"{self}: attempts and crashes are {_MOST_TRIES} at most")
         if self.attempts < 1 or self.crashes < 1 or not 0 <= self.quick <= _QUICK_MOST:
             raise DefinitionError(f"{self}: attempts and crashes count from 1, quick goes from 0 to {_QUICK_MOST}")
         if self.first < 0 or self.factor < 1 or self.most < 0 or self.budget < 0:
