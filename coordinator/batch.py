@@ -108,6 +108,11 @@ class Batch:
         ended = (each for each in self.changed if each.status.ended and not self.loaded[each.id].status.ended)
         return [each.id for each in ended if self.sagas.of(each).lock is not None]
 
+    @property
+    def begun_for(self) -> list[UUID]:
+        """The correlations that parts of flows begin to wait for."""
+        return [correlation_id(each.saga, event, each.values) for each in self.begun.values() for event in each.events]
+
     def admit(self, instances: Iterable[Instance]) -> None:
         """Count instances as loaded as well: they have been locked, or inserted, in this transaction."""
         for instance in instances:

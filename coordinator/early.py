@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Collection
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 256
 _SWEEP_EVERY = 5.0  # for events whose match was missed by a process that has died since
+_SHARE = 20  # of the time: with very many events that nobody waits for, a sweep takes long
+_MOST = 1000  # correlations that are looked at together
 
 
 class EarlyEvents:
@@ -56,13 +60,14 @@ class EarlyEvents:
         self._clock = clock
 
     async def run(self) -> None:
-        """Look whenever there may be a match, and now and then, for ever."""
+        """Look at what may match as soon as it may, and at all there is now and then, for ever."""
+        among, sweep_at = None, 0.0
         while True:
-            self._writer.may_match.clear()
+            begun = self._clock.monotonic()
             try:
-                while await self.take() == _BATCH:
+                while await self.take(among=among) == _BATCH:
                     pass
-                while await self._expire() == _BATCH:
+                while among is None and await self._expire() == _BATCH:
                     pass
             except Exception as error:
                 if is_cancelled() or not (is_transient(error) or isinstance(error, StaleRowError)):
@@ -70,7 +75,20 @@ class EarlyEvents:
                 logger.warning(
                     "early events wait for the database: %s", error, extra={"action": "engine.database_away"}
                 )
-            await self._until_matched_or(_SWEEP_EVERY)
+            now = self._clock.monotonic()
+            if among is None:
+                sweep_at = now + max(_SWEEP_EVERY, (now - begun) * _SHARE)
+            if now < sweep_at:
+                await self._until_matched_or(sweep_at - now)
+            among = self._matches() if self._clock.monotonic() < sweep_at else None
+
+    def _matches(self) -> list[UUID]:
+        """Return what may match and was not looked at yet, some of it at a time."""
+        matches = self._writer.matches
+        found = [matches.pop() for _ in range(min(len(matches), _MOST))]
+        if not matches:
+            self._writer.may_match.clear()
+        return found
 
     async def _until_matched_or(self, seconds: float) -> None:
         sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
@@ -81,27 +99,28 @@ class EarlyEvents:
             sleeping.cancel()
             matched.cancel()
 
-    async def take(self, most: int = _BATCH) -> int:
+    async def take(self, most: int = _BATCH, *, among: Collection[UUID] | None = None) -> int:
         """Give parked events to the instances that wait for them by now; return how many there were, 0 for none taken.
 
-        Of several for one part of a flow the first is taken: the others are early for whoever waits next.
+        Of several for one part of a flow the first is taken: the others are early for whoever waits next. `among` are
+        the correlations that are looked at; None for all.
         """
         try:
-            return await self._take(most)
+            return await self._take(most, among)
         except Exception as error:
             if is_cancelled() or is_transient(error) or isinstance(error, StaleRowError):
                 raise
             if most == 1:
-                return await self._bury(error)
+                return await self._bury(error, among)
             logger.warning("early events are taken one by one: %r", error, extra={"action": "engine.batch_split"})
         taken = 0
-        while await self.take(1):
+        while await self.take(1, among=among):
             taken += 1
         return taken
 
-    async def _take(self, most: int) -> int:
+    async def _take(self, most: int, among: Collection[UUID] | None) -> int:
         async with transaction(self._engine) as connection:
-            rows = await self._waiters.claim(connection, self._sagas.by_version, most)
+            rows = await self._waiters.claim(connection, self._sagas.by_version, most, among)
             if not rows:
                 return 0
             items = [(row, item) for row in rows for item in self._intake.read(EarlyDelivery(row.body))]
@@ -115,10 +134,10 @@ class EarlyEvents:
         after_commit()
         return len(rows) if done else 0
 
-    async def _bury(self, error: Exception) -> int:
+    async def _bury(self, error: Exception, among: Collection[UUID] | None) -> int:
         """Give up on the first early event: what it causes cannot be stored."""
         async with transaction(self._engine) as connection:
-            rows = await self._waiters.claim(connection, self._sagas.by_version, 1)
+            rows = await self._waiters.claim(connection, self._sagas.by_version, 1, among)
             batch = self._writer.batch(NOTHING)
             for item in (item for row in rows for item in self._intake.read(EarlyDelivery(row.body))):
                 batch.reject(item, error)

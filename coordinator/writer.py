@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -25,7 +26,8 @@ class Writer:
 
     Attributes:
         goes_on: set when an instance that was written has more to do at once.
-        may_match: set when an instance has begun to wait for an event, or an event was parked.
+        matches: what instances have begun to wait for, and what was parked, as correlations that may match by now.
+        may_match: set when there are some.
         line_left: whether a saga that waits for its business key was left for a sweep.
 
     Args:
@@ -57,6 +59,7 @@ class Writer:
         self._replays = replays
         self._outbox = outbox
         self.goes_on = asyncio.Event()
+        self.matches: set[UUID] = set()
         self.may_match = asyncio.Event()
         self.line_left = False
 
@@ -107,7 +110,8 @@ class Writer:
             now = self._store.clock.now()
             if any(each.wants_more_by(now) for each in (*batch.fresh, *batch.changed)):
                 self.goes_on.set()
-            if batch.begun or batch.parked:
+            if matches := [*batch.begun_for, *(each.correlation.id for each in batch.parked)]:
+                self.matches.update(matches)
                 self.may_match.set()
 
         return after_commit

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Self
-from uuid import UUID
+from typing import Any, Self
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import Table, func, select
@@ -21,6 +21,7 @@ from coordinator.store import Store
 from coordinator.tables import parked_event, saga_history, saga_instance, saga_item, saga_wait
 from coordinator.timers import find_timers
 from coordinator.views import document_of
+from coordinator.waiting import ParkedEvent, Waiters, correlations
 from coordinator.waits import awaits, delay
 from events.database import transaction
 from events.derive import derive_id
@@ -359,6 +360,7 @@ async def test_an_early_event_that_nobody_waits_for_in_time_is_dropped_with_a_wo
     world.clock.advance(101)
 
     async def is_gone() -> bool:
+        world.clock.advance(1)  # it may have gone to sleep just now
         return await rows(world, parked_event) == 0
 
     await until(is_gone)
@@ -485,13 +487,43 @@ async def test_an_early_event_that_one_before_it_has_taken_the_place_of_is_kept(
 async def test_early_events_are_dropped_in_time_however_many_there_are(world: World) -> None:
     coordinator = await world.coordinator(Waiting)
     await coordinator.take(*(envelope_of(Audited(payment=f"p-{number}")) for number in range(600)))
-    await world.clock.asleep(5)
     world.clock.advance(101)
 
-    async def all_are_gone() -> bool:
+    async def are_being_dropped() -> bool:
+        world.clock.advance(1)
+        return await rows(world, parked_event) < 600
+
+    async def are_gone() -> bool:
         return await rows(world, parked_event) == 0
 
-    await until(all_are_gone)
+    await until(are_being_dropped)
+    await until(are_gone)
+
+
+async def test_a_commit_looks_for_what_it_may_have_matched_and_a_sweep_for_all(world: World) -> None:
+    """With very many events and waits, a look at all of them takes long."""
+    gone = await world.coordinator(Waiting)
+    await begin(world, gone)
+    await gone.engine.stop()
+    coordinator = await world.coordinator(Waiting)
+    await world.clock.asleep(5)  # its first sweep is over
+    missed = envelope_of(Paid(order="o-1", payment="p-1"))
+    [of_key] = correlations([Waiting.definition], Paid(order="o-1", payment="p-1"))
+    async with transaction(world.engine) as connection:  # who has parked it died then
+        parked = [ParkedEvent(uuid4(), of_key, missed.type, missed.encode())]
+        about: Any = {"begun": [], "over": [], "taken": [], "consumer": "tests", "now": world.clock.now()}
+        await Waiters().write(connection, parked=parked, **about)
+    await coordinator.take(envelope_of(Paid(order="o-2", payment="p-2")))
+    await begin(world, coordinator, "o-2")
+
+    async def is_past(order: str) -> bool:
+        return (await world.instance(order)).steps["paid"].status is StepStatus.SUCCEEDED
+
+    await until(lambda: is_past("o-2"))
+    assert not await is_past("o-1")
+    world.clock.advance(5)
+    await until(lambda: is_past("o-1"))
+    assert await rows(world, parked_event) == 0
 
 
 async def test_an_event_and_a_wait_that_miss_each_other_are_brought_together(shared: World) -> None:
