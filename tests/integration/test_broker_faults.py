@@ -10,7 +10,6 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from aiormq.exceptions import ChannelAccessRefused
@@ -22,13 +21,11 @@ from coordinator.settings import load_settings
 from events.bus import Address, Exchange, Outgoing, Queue
 from events.clock import SystemClock
 from events.database import transaction
-from events.envelope import Envelope
 from events.errors import PublishError, UnroutableError
 from events.ids import TimeOrderedIds
 from events.rabbitmq import RabbitMQBus, RabbitMQOptions
-from events.relay import Entry, insert_entries
 from events.tables import outbox
-from tests.support.flows import START, Mailbox, envelopes, open_store
+from tests.support.flows import Mailbox, envelopes, open_store
 from tests.support.proxy import Proxy, Way
 from tests.support.rabbitmq import (
     CHARGE,
@@ -41,7 +38,7 @@ from tests.support.rabbitmq import (
     until,
     wire,
 )
-from tests.support.relays import Load, relaying
+from tests.support.relays import Load, leave_behind, relaying
 from tests.support.servers import RabbitMQ
 
 pytestmark = pytest.mark.rabbitmq
@@ -186,25 +183,6 @@ async def test_f20_while_an_alarm_blocks_publishing_the_relay_claims_nothing_and
         await until(lambda: "bus.unblocked" in actions(caplog))
     assert actions(caplog).count("bus.blocked") == 1
     assert actions(caplog).count("bus.unblocked") == 1
-
-
-async def leave_behind(engine: AsyncEngine) -> list[str]:
-    """Put rows into the outbox that are due: a process has died with its lease."""
-    ids = [f"behind {n}" for n in range(5)]
-    entries = [
-        Entry(
-            uuid4(),
-            CHARGE,
-            1,
-            Envelope(id=each, source="/behind", type=CHARGE.key, version=1, data=b"{}").encode(),
-            None,
-            None,
-        )
-        for each in ids
-    ]
-    async with transaction(engine) as connection:
-        await insert_entries(connection, entries, due_at=START)
-    return ids
 
 
 async def test_f20_a_blocked_bus_can_be_closed(private_rabbitmq: RabbitMQ, private_amqp_url: str) -> None:

@@ -30,7 +30,7 @@ from tests.support.invariants import GAPS
 from tests.support.proxy import Proxy, Way
 from tests.support.rabbitmq import CHARGE, NEVER, PAYMENTS, Received, opened, publish_until_confirmed, wire
 from tests.support.rabbitmq import until as until_seen
-from tests.support.relays import Load, relaying
+from tests.support.relays import Load, leave_behind, relaying
 from tests.support.servers import RabbitMQ
 
 MESSAGES = 20
@@ -162,7 +162,32 @@ async def test_f25_only_a_confirm_of_its_own_settles_what_a_full_queue_refuses(
             assert arrived == set(load.ids), "I7: the outbox has forgotten what nobody got"
 
 
-# Two coordinators decide on the same saga
+@with_and_without
+async def test_f20_only_a_look_at_the_alarm_keeps_the_relay_from_claiming_in_vain(
+    private_rabbitmq: RabbitMQ, private_amqp_url: str, engine: AsyncEngine, in_place: bool
+) -> None:
+    unseen = patch("events.rabbitmq.is_blocked", lambda _: False)
+    async with opened(private_amqp_url, publish_timeout=0.5, watch_every=NEVER) as bus, relaying(engine, bus) as relay:
+        await bus.declare([PAYMENTS])
+        load = Load(engine, relay)
+        await asyncio.to_thread(private_rabbitmq.control, "set_vm_memory_high_watermark", "0")
+        try:
+            await bus.publish([Outgoing(CHARGE, b"[1]")])  # RabbitMQ tells only those who publish
+            await until_seen(lambda: "blocked publishing" in (bus.problem or ""))
+            with defended(in_place=in_place, by=unseen, missed="I22"):
+                await leave_behind(engine)
+                for _ in range(4):  # the time that this takes is that of many sweeps
+                    await bus.publish([Outgoing(CHARGE, b"[2]")])
+                if not in_place:
+
+                    async def is_refused() -> bool:
+                        return await load.refused() > 0
+
+                    await until(is_refused)
+                assert await load.refused() == 0, "I22: it has claimed what could not be published"
+        finally:
+            await asyncio.to_thread(private_rabbitmq.control, "set_vm_memory_high_watermark", "absolute", "512MB")
+
 
 REVISION, KEY = "the revision", "the key of the history"
 
@@ -325,8 +350,8 @@ async def test_f25_only_the_delivery_limit_ends_what_comes_back_for_ever(amqp_ur
         await bus.consume(PAYMENTS.name, refusing, prefetch=5)
         await publish_until_confirmed(bus, Outgoing(CHARGE, b'["poison"]'))
         letters = await wired.get_queue("saga.dead-letters.tests")
-        with defended(in_place=in_place, missed="I16"):
-            async with asyncio.timeout(60):
+        async with asyncio.timeout(60):
+            with defended(in_place=in_place, missed="I16"):
                 while await letters.get(fail=False, no_ack=True) is None:
                     assert refusing.refusals < 50, "I16: it comes back for ever"
 

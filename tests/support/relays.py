@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from uuid import uuid4
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -14,9 +15,9 @@ from events.envelope import Envelope
 from events.ids import TimeOrderedIds, system_random
 from events.outbox import Outbound
 from events.rabbitmq import RabbitMQBus
-from events.relay import Relay, RelayOptions
+from events.relay import Entry, Relay, RelayOptions, insert_entries
 from events.tables import outbox
-from tests.support.flows import Mailbox, count_rows
+from tests.support.flows import START, Mailbox, count_rows
 from tests.support.rabbitmq import CHARGE, publish_until_confirmed
 
 QUICK = RelayOptions(lease=5, sweep_every=0.1, backoff_first=0.1, backoff_most=0.3, share=1)
@@ -93,3 +94,22 @@ class Load:
 
     def _envelope(self, name: str, data: bytes = b"{}") -> Envelope:
         return Envelope(id=name, source="/test", type=self._address.key, version=1, data=data)
+
+
+async def leave_behind(engine: AsyncEngine) -> list[str]:
+    """Put rows into the outbox that are due: a process has died with its lease."""
+    ids = [f"behind {n}" for n in range(5)]
+    entries = [
+        Entry(
+            uuid4(),
+            CHARGE,
+            1,
+            Envelope(id=each, source="/behind", type=CHARGE.key, version=1, data=b"{}").encode(),
+            None,
+            None,
+        )
+        for each in ids
+    ]
+    async with transaction(engine) as connection:
+        await insert_entries(connection, entries, due_at=START)
+    return ids
