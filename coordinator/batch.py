@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
+from zlib import crc32
 
 from pydantic_core import to_json
 
@@ -238,9 +239,9 @@ class Batch:
         known = [*self.facts.standing.get(correlation, ()), *self._standing.get(correlation, ())]
         return [(saga_id, name) for saga_id, name in known if self._waits(saga_id, name)]
 
-    def keep(self, decision: Decision, messages: Iterable[Outbound], recorded: str | None) -> None:
+    def keep(self, decision: Decision, messages: Sequence[Outbound], recorded: str | None) -> None:
         """Keep what was decided, with its row of the history, whose hash the instance has."""
-        instance = self._record(decision, recorded)
+        instance = self._record(decision, messages, recorded)
         if instance.id in self.loaded:
             self.current[instance.id] = instance
         else:
@@ -266,7 +267,7 @@ class Batch:
     def stop(self, instance: Instance, reason: str) -> None:
         """Leave an instance to a person: nothing that it wants to do can be done."""
         decision = give_up(instance, reason, self.ports.now())
-        self.current[instance.id] = self._record(decision, None)
+        self.current[instance.id] = self._record(decision, (), None)
         self._notes.append(lambda: _alert(decision.instance))
 
     def reject(self, item: Item, error: Exception) -> None:
@@ -344,10 +345,12 @@ class Batch:
         )
         self._refusals.append((instance.id, self.outgoing(None, instance.traceparent).answer(answer)))
 
-    def _record(self, decision: Decision, given: str | None) -> Instance:
+    def _record(self, decision: Decision, messages: Sequence[Outbound], given: str | None) -> Instance:
         """Append a transition to the history; return the instance, which keeps the hash of its last one."""
-        instance = decision.instance
-        row = history_row(instance.id, instance.revision, decision.entry, given=given, head=instance.head)
+        instance, entry = decision.instance, decision.entry
+        said = zip(entry.sent, messages, strict=True)
+        sent = [{**about, "crc32": crc32(each.envelope.data)} for about, each in said]  # quick, and nobody forges it
+        row = history_row(instance.id, instance.revision, entry, given=given, sent=sent, head=instance.head)
         self.history.append(row)
         return replace(instance, head=row[-1])
 

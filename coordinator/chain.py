@@ -6,7 +6,7 @@ as microseconds since 1970, JSON as it is stored; of a string only what must be 
 hash of its last row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
@@ -42,7 +42,15 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
-def history_row(saga_id: UUID, revision: int, e: HistoryEntry, *, given: str | None, head: bytes) -> HistoryRow:
+def history_row(
+    saga_id: UUID,
+    revision: int,
+    e: HistoryEntry,
+    *,
+    given: str | None,
+    head: bytes,
+    sent: Sequence[Mapping[str, Any]] | None = None,
+) -> HistoryRow:
     """Return the row of a transition: the values of `COLUMNS` and the hash.
 
     Args:
@@ -51,6 +59,7 @@ def history_row(saga_id: UUID, revision: int, e: HistoryEntry, *, given: str | N
         e: what happened.
         given: what was decided on, as JSON text.
         head: the hash of the row before.
+        sent: what was sent, where more is known of it than the decision says.
     """
     row = (
         saga_id,
@@ -68,7 +77,7 @@ def history_row(saga_id: UUID, revision: int, e: HistoryEntry, *, given: str | N
         e.why,
         given,
         to_json(e.change).decode(),
-        to_json(e.sent).decode(),
+        to_json(e.sent if sent is None else sent).decode(),
     )
     return (*row, seal(head, row))
 

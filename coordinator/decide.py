@@ -124,7 +124,7 @@ def start(definition: SagaDefinition, given: Started) -> Decision:
     )
     draft = Draft(definition, instance, given.now)
     walk(draft)
-    decision = draft.finish("started", message_id=given.message_id)
+    decision = draft.finish("started", message_id=given.message_id, attempt=given.origin and given.origin.attempt)
     entry = replace(decision.entry, change={**decision.entry.change, "state": instance.state})
     return replace(decision, entry=entry, lock=lock)
 

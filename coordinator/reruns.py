@@ -4,11 +4,12 @@ Inputs go through the same `Batch` as at work, but nothing is written. Deadlines
 passes again, whatever the code says of its length now.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
+from zlib import crc32
 
 from pydantic_core import from_json, to_json
 
@@ -17,51 +18,30 @@ from coordinator.batch import Batch, Ports
 from coordinator.chain import COLUMNS
 from coordinator.decision import Acted, Resolution, Verb
 from coordinator.definition import SagaDefinition
+from coordinator.deviations import Deviation, Document, Weight, other_way, other_words, shown
 from coordinator.facts import Facts
-from coordinator.instance import Instance, Origin, Status, StepState, item_name, step_and_item
+from coordinator.instance import Instance, Origin, Status, StepState, StepStatus, item_name, step_and_item
 from coordinator.items import LOOK, fans_of, next_items
 from coordinator.sagas import Sagas
 from coordinator.waiting import correlation_id
 from coordinator.waits import Wait
 from events.codec import BATCH_TYPE, Limits, bundle_body
+from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink
 from events.errors import CoordinatorError, RejectedError
 from events.intake import Intake
 from events.message import Event
 
-Document = Mapping[str, Any]
-
 _ANSWERS = frozenset({"reply", "late_reply", "late_success", "late_failure", "late_undo"})
 _EVENTS = frozenset({"event", "late_event"})
+_OF_PARENTS = frozenset({"started", "asked_again", "recalled"})
+_MESSAGES = _ANSWERS | _EVENTS | _OF_PARENTS
 _VERBS = frozenset(verb.value for verb in Verb)
 _UNLIMITED = Limits(2**31, 2**31)
 
 
 class UnclearError(Exception):
     """The history of an instance lacks what it takes to decide on it again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Break:
-    """Where an instance would go another way than it has gone.
-
-    Attributes:
-        id: the instance,
-        saga: its saga,
-        version: the version that it had then,
-        key: and its business key.
-        revision: the transition that would be another one,
-        kind: and what kind of transition it was.
-        what: what would happen instead.
-    """
-
-    id: str
-    saga: str
-    version: int
-    key: str
-    revision: int
-    kind: str
-    what: str
 
 
 @dataclass(slots=True)
@@ -92,8 +72,8 @@ class _OneId:
         return self.id
 
 
-def rerun(definitions: Iterable[SagaDefinition], document: Document) -> Break | None:
-    """Return where an instance would go another way than it has gone, None if nowhere.
+def rerun(definitions: Iterable[SagaDefinition], document: Document) -> Deviation | None:
+    """Return where an instance would go another way than it has gone, else where it would say something else.
 
     Args:
         definitions: all versions of all sagas that the code has.
@@ -110,13 +90,15 @@ class Verdict:
     """What deciding again has come to.
 
     Attributes:
-        same: how many instances would go the way that they have gone.
-        broken: those that would not.
+        same: how many instances would go the way that they have gone, with the same words.
+        broken: those that would not go it.
+        differing: those that would, with other words.
         unclear: how many cannot be told, by reason.
     """
 
     same: int = 0
-    broken: list[Break] = field(default_factory=list)
+    broken: list[Deviation] = field(default_factory=list)
+    differing: list[Deviation] = field(default_factory=list)
     unclear: dict[str, int] = field(default_factory=dict)
 
     def take(self, definitions: Iterable[SagaDefinition], document: Document) -> None:
@@ -128,8 +110,10 @@ class Verdict:
             return
         if found is None:
             self.same += 1
-        else:
+        elif found.weight is Weight.BREAKS:
             self.broken.append(found)
+        else:
+            self.differing.append(found)
 
 
 class _Rerun:
@@ -139,14 +123,15 @@ class _Rerun:
         self._id = UUID(document["id"])
         self._version: int = document["version"]
         self._instance: Instance | None = None
+        self._differing: Deviation | None = None  # the first time that it would say something else
         self._items: dict[str, StepState] = {}  # of fan-outs: at work they are loaded when they are needed
 
-    def run(self) -> Break | None:
+    def run(self) -> Deviation | None:
         rows = self._document["history"]
         migrated = [number for number, row in enumerate(rows) if row["kind"] == "migrated"]
         if migrated:  # it tells everything, and what was before it concerns another version
             self._note_items(rows[: migrated[-1]])
-            self._stand(rows[migrated[-1]])
+            self._stand(rows[: migrated[-1]], rows[migrated[-1]])
             rows = rows[migrated[-1] + 1 :]
         definition = self._definitions.get((self._document["saga"], self._version))
         last = self._document["history"][-1]
@@ -164,19 +149,23 @@ class _Rerun:
             definition.cls.from_state(self._document["state"])
         except ValueError as error:
             return self._broken(last, f"its state cannot be read: {error}")
-        return None
+        return self._send_again(sagas) or self._differing
 
-    def _broken(self, row: Document, what: str) -> Break:
+    def _broken(self, row: Document, what: str) -> Deviation:
+        return self._deviation(row, what, Weight.BREAKS)
+
+    def _deviation(self, row: Document, what: str, weight: Weight) -> Deviation:
         about = self._document
-        return Break(about["id"], about["saga"], self._version, about["key"], row["revision"], row["kind"], what)
+        where = row["revision"], row["kind"]
+        return Deviation(about["id"], about["saga"], self._version, about["key"], *where, what, weight)
 
     def _note_items(self, rows: Iterable[Document]) -> None:
         for row in rows:
             steps = row["change"].get("steps", {})
             self._items |= {name: StepState.from_json(at) for name, at in steps.items() if _is_item(name)}
 
-    def _stand(self, row: Document) -> None:
-        """Put the instance where a migration has put it."""
+    def _stand(self, before: Sequence[Document], row: Document) -> None:
+        """Put the instance where a migration has put it, after the rows `before`."""
         change = row["change"]
         self._instance = Instance(
             id=self._id,
@@ -191,15 +180,14 @@ class _Rerun:
             created_at=datetime.fromisoformat(self._document["created_at"]),
             deadline=_time(self._document.get("deadline")),
             turned_back=change["turned_back"],
-            origin=Origin.from_json(origin) if (origin := self._document.get("origin")) else None,
+            origin=self._origin_after(before),
         )
 
     def _again(self, sagas: Sagas, row: Document) -> str | None:
         """Decide on the input of a row again; return in words how what follows differs from what did."""
         at = datetime.fromisoformat(row["at"])
-        ports = Ports("/rerun", lambda: at, lambda: at, _OneId(self._id))
         kind, envelope = row["kind"], self._message(row)
-        batch = Batch(sagas, ports, self._facts(sagas, row, envelope))
+        batch = Batch(sagas, self._ports(at), self._facts(sagas, row, envelope))
         if envelope is not None:
             [item] = Intake(_UNLIMITED).read(_Delivery(bundle_body([envelope.encode()])))
             Arrivals(batch).take(item)
@@ -220,8 +208,48 @@ class _Rerun:
         if after.key != self._document["key"]:
             return f"its business key would be {after.key!r}"
         self._instance = self._with_times(after, row)
-        now = dict(zip((*COLUMNS, "hash"), batch.history[0], strict=True))
-        return _difference(row, {**now, "change": from_json(now["change"]), "sent": from_json(now["sent"])})
+        columns = dict(zip((*COLUMNS, "hash"), batch.history[0], strict=True))
+        now = {**columns, "change": from_json(columns["change"]), "sent": from_json(columns["sent"])}
+        if what := other_way(row, now):
+            return what
+        if self._differing is None and (what := other_words(row, now, (message for _, message in batch.messages))):
+            self._differing = self._deviation(row, what, Weight.DIFFERS)
+        return None
+
+    def _send_again(self, sagas: Sagas) -> Deviation | None:
+        """Return where a command was sent that is under way, and would say something else when it is sent again."""
+        instance = self._instance
+        if instance is None or instance.status.ended:
+            return None
+        definition, history = sagas.of(instance), self._document["history"]
+        sent = {each["id"]: (row, each.get("crc32")) for row in reversed(history) for each in row["sent"]}
+        for name, at in {**instance.steps, **self._items}.items():
+            if not at.status.outstanding or at.fan is not None or definition.step_of(name) is None:
+                continue
+            back = at.status is StepStatus.UNDOING
+            direction, attempt = (Direction.UNDO, at.undo_attempt) if back else (Direction.DO, at.attempt)
+            identity = str(derive_id(self._id, name, direction.value, attempt))
+            row, crc = sent.get(identity, (None, None))
+            if row is None or crc is None:
+                continue
+            loaded = replace(instance, steps={**instance.steps, name: at})
+            if what := self._other_words_of(sagas, loaded, name, identity, crc):
+                return self._broken(row, f"{name} is under way, and {what}")
+        return None
+
+    def _other_words_of(self, sagas: Sagas, loaded: Instance, name: str, identity: str, crc: int) -> str | None:
+        """Return in words how a command would differ if it were sent again now, None if it would be the same."""
+        at = datetime.fromisoformat(self._document["history"][-1]["at"])
+        batch = Batch(sagas, self._ports(at), Facts({self._id: loaded}))
+        after = batch.act(self._id, Acted(Verb.RETRY, "check", "check", at, name))
+        for _, message in batch.messages:
+            if message.envelope.id == identity:
+                data = message.envelope.data
+                return None if crc32(data) == crc else f"would say {shown(data)} when it is sent again, and has not"
+        return f"could not be sent again: {after.reason if isinstance(after, Instance) else after}"
+
+    def _ports(self, at: datetime) -> Ports:
+        return Ports("/rerun", lambda: at, lambda: at, _OneId(self._id))
 
     def _go_on(self, batch: Batch, row: Document) -> None:
         """Let what is neither a message nor an act happen again."""
@@ -238,7 +266,7 @@ class _Rerun:
     def _message(self, row: Document) -> Envelope | None:
         """Return the message that was decided on, as it came; None where it was none."""
         kind, given = row["kind"], row["input"]
-        if kind != "started" and kind not in _ANSWERS and kind not in _EVENTS:
+        if kind not in _MESSAGES:
             return None
         if given is None:
             raise UnclearError(f"what was decided on in revision {row['revision']} was not recorded")
@@ -246,11 +274,31 @@ class _Rerun:
         if kind in _ANSWERS:
             about = Direction(row["direction"]), row["attempt"], Result(row["result"])
             envelope.saga = SagaLink(self._id, row["step"], *about)
-        elif kind == "started" and self._document.get("origin"):
-            origin = Origin.from_json(self._document["origin"])
-            envelope.saga = SagaLink(origin.saga_id, origin.step, Direction.DO, origin.attempt)
-            envelope.reply_to = origin.reply_to
+        elif kind in _OF_PARENTS and self._origin is not None:
+            direction = Direction.UNDO if kind == "recalled" else Direction.DO
+            envelope.saga = SagaLink(self._origin.saga_id, self._origin.step, direction, self._attempt_of(row))
+            envelope.reply_to = self._origin.reply_to
         return envelope
+
+    @property
+    def _origin(self) -> Origin | None:
+        """Who has asked for a child, as is known in the end: the attempts are those of that time."""
+        origin = self._document.get("origin")
+        return Origin.from_json(origin) if origin else None
+
+    def _attempt_of(self, row: Document) -> int:
+        """Return which attempt of its parent's step a child heard of."""
+        if row["attempt"] is None and any(each["kind"] == "asked_again" for each in self._document["history"]):
+            raise UnclearError(f"which attempt of its parent it was {row['kind']} by was not recorded")
+        return int(row["attempt"] or self._document["origin"]["attempt"])
+
+    def _origin_after(self, rows: Sequence[Document]) -> Origin | None:
+        """Return who had asked for a child after so many rows, and what for."""
+        if self._origin is None:
+            return None
+        asked = [self._attempt_of(row) for row in rows if row["kind"] in ("started", "asked_again")]
+        recalled = [self._attempt_of(row) for row in rows if row["kind"] == "recalled"]
+        return replace(self._origin, attempt=asked[-1], undo_attempt=recalled[-1] if recalled else 0)
 
     def _facts(self, sagas: Sagas, row: Document, envelope: Envelope | None) -> Facts:
         loaded = {} if self._instance is None else {self._id: self._with_items(self._instance, sagas, row)}
@@ -313,43 +361,3 @@ def _act(row: Document, at: datetime) -> Acted:
 
 def _time(text: str | None) -> datetime | None:
     return None if text is None else datetime.fromisoformat(text)
-
-
-def _difference(then: Document, now: Document) -> str | None:
-    """Return in words what differs between two transitions, None if nothing does that matters."""
-    if now["status"] != then["status"]:
-        because = f" ({now['reason']})" if now["reason"] else ""
-        return f"the saga would be {now['status']}{because}, not {then['status']}"
-    sent_then, sent_now = _sent(then), _sent(now)
-    if sent_then != sent_now:
-        return f"it would send {_words(sent_now)}, not {_words(sent_then)}"
-    if now["kind"] != then["kind"]:
-        return f"it would be taken as {now['kind']}, not as {then['kind']}"
-    for part in ("state", "steps"):
-        before, after = _compared(then["change"].get(part, {})), _compared(now["change"].get(part, {}))
-        for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
-                return f"{part[:5]} {name} would be {_shown(after.get(name))}, not {_shown(before.get(name))}"
-    return None
-
-
-def _sent(row: Document) -> list[str]:
-    return sorted(f"{each['type']} for {each['step']}" if "step" in each else each["type"] for each in row["sent"])
-
-
-def _words(sent: list[str]) -> str:
-    return ", ".join(sent) or "nothing"
-
-
-def _shown(value: Any) -> str:
-    return "as it was" if value is None else to_json(value).decode()
-
-
-def _compared(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave deadlines out, which are policy, and copies of the state, which earlier releases have recorded."""
-    return {
-        name: {key: value for key, value in at.items() if key not in ("due_at", "made_of")}
-        if isinstance(at, dict)
-        else at
-        for name, at in parts.items()
-    }

@@ -27,6 +27,8 @@ from coordinator.views import plain, print_json
 from events.clock import SystemClock
 from events.errors import ConfigurationError
 
+_DIFFERS = 3  # the exit code of a check where nothing would go another way; 2 is that of a wrong command line
+
 out = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
@@ -122,7 +124,11 @@ def check_sagas(
     live: Annotated[bool, typer.Option("--live", help="take the sagas of the database that have not ended")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decide again on all that was decided on, with the code at hand; exit code 1 if a saga would go another way."""
+    """Decide again on all that was decided on, with the code at hand.
+
+    The exit code is 1 if a saga would go another way, or contradict itself; 3 if one would only have said what is over
+    with other words.
+    """
     if live is (file is not None):
         raise ConfigurationError("say what to check: a file, or --live")
     if file is not None and str(file) != "-" and not file.is_file():
@@ -145,22 +151,24 @@ def check_sagas(
             for document in read(lines):
                 verdict.take(loaded.definitions, document)
     print_verdict(verdict, as_json=as_json)
-    if verdict.broken:
-        sys.exit(1)
+    if verdict.broken or verdict.differing:
+        sys.exit(1 if verdict.broken else _DIFFERS)
 
 
 def print_verdict(verdict: Verdict, *, as_json: bool) -> None:
     """Print how many sagas would go the way that they have gone, and where others would not."""
     if as_json:
-        broken = [asdict(each) for each in verdict.broken]
-        print_json(out, {"same": verdict.same, "broken": broken, "unclear": verdict.unclear})
+        broken, differing = ([asdict(each) for each in found] for found in (verdict.broken, verdict.differing))
+        print_json(out, {"same": verdict.same, "broken": broken, "differing": differing, "unclear": verdict.unclear})
         return
-    out.print(f"{verdict.same} would go the same way, {len(verdict.broken)} would not", highlight=False)
-    if verdict.broken:
-        table = Table("saga", Column("key", overflow="fold"), Column("revision", justify="right"), "was", "now")
-        for each in verdict.broken:
+    differing_too = f"{len(verdict.differing)} with other words, " if verdict.differing else ""
+    counts = f"{verdict.same} would go the same way, {differing_too}{len(verdict.broken)} would not"
+    out.print(counts, highlight=False)
+    if deviations := [*verdict.broken, *verdict.differing]:
+        table = Table("", "saga", Column("key", overflow="fold"), Column("revision", justify="right"), "was", "now")
+        for each in deviations:
             name = f"{each.saga} v{each.version}"
-            table.add_row(name, plain(each.key), str(each.revision), each.kind, plain(each.what))
+            table.add_row(each.weight, name, plain(each.key), str(each.revision), each.kind, plain(each.what))
         out.print(table)
     for reason, number in verdict.unclear.items():
         out.print(f"{number} cannot be told: {reason}", highlight=False, markup=False)

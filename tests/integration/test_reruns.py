@@ -2,24 +2,39 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, Self
 
 import pytest
 
-from coordinator import Saga, migrates, parallel, sequence, starts_on, step
+from coordinator import Saga, compensated, each, migrates, parallel, sequence, starts_on, step
 from coordinator.decision import Verb
+from coordinator.deviations import Weight
 from coordinator.exports import export, read
 from coordinator.instance import Status
 from coordinator.operator import Operator
-from coordinator.reruns import Break, UnclearError, Verdict, rerun
+from coordinator.reruns import UnclearError, Verdict, rerun
 from coordinator.search import Query
-from events.envelope import Direction, Result
+from events.envelope import Direction, Envelope, Result
 from events.errors import ConfigurationError
 from events.message import Refused
+from tests.integration.test_engine_flows import Ordered as PackingOrdered
+from tests.integration.test_engine_flows import Packing as Child
+from tests.integration.test_engine_flows import Parent, Release, Reserve
 from tests.support.engines import Coordinator, World, envelope_of, open_world, reply, wanted
 from tests.support.flows import until
-from tests.support.sagas import BookFlight, BookHotel, CancelHotel, FlightBooked, FlightFull, PayTrip, Trip, TripWanted
-from tests.unit.test_fan_out import Delivery, Labelled, Pick
+from tests.support.sagas import (
+    BookFlight,
+    BookHotel,
+    CancelHotel,
+    FlightBooked,
+    FlightFull,
+    PayTrip,
+    Trip,
+    TripOff,
+    TripWanted,
+)
+from tests.unit.test_fan_out import CallBack, Delivery, Labelled, Pick, ShipParcel
 from tests.unit.test_fan_out import Ordered as Parcels
 from tests.unit.test_waits import Ordered, Paid, Prepaid
 
@@ -192,9 +207,9 @@ async def test_changed_code_is_told_where_a_saga_would_go_another_way_and_how(
         await coordinator.take(reply(saga, "hotel"), reply(saga, "flight", FlightBooked(ticket="t-9")))
         [document] = await documents(coordinator)
     found = rerun([changed.definition], document)
-    assert isinstance(found, Break)
+    assert found is not None
     assert (found.id, found.key, found.version, found.revision) == (str(saga), "booked", 1, revision)
-    assert found.what.startswith(what)
+    assert (found.weight, found.what[: len(what)]) == (Weight.BREAKS, what)
 
 
 async def test_deadlines_may_change_without_a_break(world: World) -> None:
@@ -277,6 +292,271 @@ async def test_items_of_a_migrated_saga_are_undone_and_decided_on_again(world: W
     await until(two_are_called_back)
     made = verdict(await documents(coordinator), Insured, InsuredLater)
     assert (made.same, made.broken, made.unclear) == (1, [], {})
+
+
+# Words
+
+
+class Shouting(Trip, name="trip"):
+    """Says the same, louder."""
+
+    @step(timeout=10)
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip.upper())
+
+    @hotel.compensation(timeout=5, resends=1)
+    def cancel_hotel(self) -> CancelHotel:
+        return CancelHotel(trip=self.trip)
+
+    flow = sequence(hotel, Trip.flight, Trip.payment)
+
+    @compensated
+    def off(self, reason: str) -> TripOff:
+        return TripOff(trip=self.trip.upper(), reason=reason)
+
+
+async def test_what_is_over_and_would_be_said_otherwise_differs_and_what_is_under_way_breaks(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted("asked"), wanted("booked"), wanted("full"))
+    ids = {key: (await world.instance(key)).id for key in ("booked", "full")}
+    await coordinator.take(*(reply(each, "hotel") for each in ids.values()))
+    full = FlightFull(trip="full", reason="nobody flies")
+    await coordinator.take(reply(ids["full"], "flight", full, Result.DECLINED))
+    recorded = await documents(coordinator)
+    assert verdict(recorded, Trip).same == 3
+    made = verdict(recorded, Shouting)
+    assert (made.same, made.unclear) == (0, {})
+    assert [(each.key, each.revision, each.weight, each.what) for each in made.broken] == [
+        (
+            "asked",
+            1,
+            Weight.BREAKS,
+            'hotel is under way, and would say {"trip":"ASKED"} when it is sent again, and has not',
+        )
+    ]
+    what = 'it would send book.hotel for hotel with {"trip":"%s"}, and has sent something else'
+    assert [(each.key, each.revision, each.weight, each.what) for each in made.differing] == [
+        ("booked", 1, Weight.DIFFERS, what % "BOOKED"),
+        ("full", 1, Weight.DIFFERS, what % "FULL"),
+    ]
+
+
+async def test_events_that_would_say_something_else_differ(world: World) -> None:
+    class Loud(Trip, name="trip"):
+        """Only its event has changed."""
+
+        @compensated
+        def off(self, reason: str) -> TripOff:
+            return TripOff(trip=self.trip.upper(), reason=reason)
+
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted("full", "hotel"))
+    [found] = verdict(await documents(coordinator), Loud).differing
+    assert (found.revision, found.what.partition(" with ")[0]) == (1, "it would send trip.off")
+
+
+class BookWithPassword(BookHotel, type="book.hotel"):
+    password: str = "sesame"
+
+
+class Insecure(Trip, name="trip"):
+    """Its command has got a field."""
+
+    @step(timeout=10)
+    def hotel(self) -> BookHotel:
+        return BookWithPassword(trip=self.trip)
+
+    @hotel.compensation
+    def cancel_hotel(self) -> CancelHotel:
+        return CancelHotel(trip=self.trip)
+
+    flow = sequence(hotel, Trip.flight, Trip.payment)
+
+
+async def test_what_is_nobodys_business_is_not_shown(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted("t-1"))
+    [found] = verdict(await documents(coordinator), Insecure).broken
+    assert '{"trip":"t-1","password":"***"}' in found.what
+
+
+async def test_sagas_that_were_recorded_without_words_are_judged_by_their_way(world: World) -> None:
+    coordinator = await world.coordinator()
+    await coordinator.take(wanted("asked"))
+    [document] = await documents(coordinator)
+    [sent] = document["history"][0]["sent"]
+    assert sent.pop("crc32")
+    assert verdict([document], Shouting).same == 1
+
+
+async def test_what_was_sent_before_a_migration_must_be_the_same_when_it_is_sent_again(world: World) -> None:
+    coordinator = await world.coordinator(Trip, retired=[Taken])
+    await coordinator.take(wanted("moved"))
+    operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
+    await operator.migrate("trip", 2, by="ada", why="a test")
+
+    class TakenAndShouting(Shouting, name="trip", version=2):
+        """Taken over, and changed since."""
+
+    class TakenAndBroken(Trip, name="trip", version=2):
+        @step(timeout=10)
+        def hotel(self) -> BookHotel:
+            raise ValueError("no hotels today")
+
+        flow = sequence(hotel, Trip.flight, Trip.payment)
+
+    recorded = await documents(coordinator)
+    assert verdict(recorded, Taken).same == 1
+    for changed, what in (
+        (TakenAndShouting, 'would say {"trip":"MOVED"} when it is sent again, and has not'),
+        (TakenAndBroken, "could not be sent again: hotel could not be asked for: hotel raised ValueError("),
+    ):
+        [found] = verdict(recorded, changed).broken
+        assert (found.revision, found.kind) == (1, "started")
+        assert f"hotel is under way, and {what}" in found.what
+
+
+class Relabelled(Delivery, name="delivery"):
+    """Its parcels have other names."""
+
+    @step(timeout=60)
+    def ship(self, item: dict[str, str]) -> ShipParcel:
+        return ShipParcel(order=self.order, parcel=item["parcel"], label="new")
+
+    @ship.succeeded
+    def labelled(self, item: dict[str, str], outcome: Labelled) -> dict[str, str]:
+        self.shipped += 1
+        return {**item, "label": outcome.label}
+
+    @ship.compensation
+    def call_back(self, item: dict[str, str]) -> CallBack:
+        return CallBack(parcel=item["parcel"], label=item.get("label"))
+
+    flow = sequence(Delivery.pick, each(Delivery.all_parcels, ship, limit=2))
+
+
+async def test_items_under_way_must_be_the_same_when_they_are_sent_again(world: World) -> None:
+    coordinator = await world.coordinator(Delivery)
+    await coordinator.take(envelope_of(Parcels(order="o-1", parcels=3)))
+    saga = (await world.instance("o-1")).id
+    await coordinator.take(reply(saga, "pick"))
+    await coordinator.take(reply(saga, "ship[0]", Labelled(label="a")), reply(saga, "ship[1]", Labelled(label="b")))
+    recorded = await documents(coordinator)
+    assert verdict(recorded, Delivery).same == 1
+    [found] = verdict(recorded, Relabelled).broken
+    assert (found.revision, found.what.partition(",")[0]) == (3, "ship[2] is under way")
+    await coordinator.take(reply(saga, "ship[2]", Labelled(label="c")))
+    [found] = verdict(await documents(coordinator), Relabelled).differing
+    assert found.revision == 2
+
+
+# Children
+
+
+class Packing(Child, name="packing"):
+    """As it is at work."""
+
+
+class PackingAgain(Packing, name="packing", version=2):
+    @migrates(1)
+    @classmethod
+    def taken_over(cls, old: Packing) -> Self:
+        return cls.from_state(old.to_state())
+
+
+async def asked_and_recalled(world: World, *, migrate: bool = False) -> list[dict[str, Any]]:
+    """A child that was asked for twice more, also as a new attempt, and then undone, which was said twice."""
+    coordinator = await world.coordinator(Parent, Packing, retired=[PackingAgain])
+    await coordinator.take(envelope_of(PackingOrdered(order="o-1")))
+    [pack] = await world.sent("pack")
+    await coordinator.take(pack)
+    [reserve] = await world.sent("reserve")
+    assert pack.saga is not None
+    assert reserve.saga is not None
+    if migrate:
+        operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
+        await coordinator.take(again(pack, attempt=2))
+        assert (await operator.migrate("packing", 2, by="ada", why="a test")).moved == 1
+        await coordinator.take(again(pack, attempt=3))
+    await coordinator.take(reply(reserve.saga.saga_id, "reserve"))
+    if not migrate:
+        await coordinator.take(pack, again(pack, attempt=2))
+    undo = replace(pack, type="unpack", id="m-unpack", saga=replace(pack.saga, direction=Direction.UNDO))
+    await coordinator.take(undo)
+    await coordinator.take(reply(reserve.saga.saga_id, "reserve", direction=Direction.UNDO))
+    await coordinator.take(again(undo, attempt=2))
+    return [each for each in await documents(coordinator) if each["saga"] == "packing"]
+
+
+def again(command: Envelope, *, attempt: int) -> Envelope:
+    assert command.saga is not None
+    return replace(command, id=f"{command.id} {attempt}", saga=replace(command.saga, attempt=attempt), _key=None)
+
+
+async def test_a_child_that_was_asked_again_and_recalled_is_decided_on_again(world: World) -> None:
+    recorded = await asked_and_recalled(world)
+    kinds = [row["kind"] for row in recorded[0]["history"]]
+    assert kinds == ["started", "reply", "asked_again", "asked_again", "recalled", "reply", "recalled"]
+    made = verdict(recorded, Parent, Packing)
+    assert (made.same, made.broken, made.differing, made.unclear) == (1, [], [], {})
+
+
+async def test_a_child_that_was_taken_over_between_is_decided_on_again(world: World) -> None:
+    recorded = await asked_and_recalled(world, migrate=True)
+    kinds = [row["kind"] for row in recorded[0]["history"]]
+    assert kinds == ["started", "asked_again", "migrated", "asked_again", "reply", "recalled", "reply", "recalled"]
+    made = verdict(recorded, Parent, Packing, PackingAgain)
+    assert (made.same, made.broken, made.differing, made.unclear) == (1, [], [], {})
+
+
+class Reserving(Packing, name="packing"):
+    """Undoes with another command."""
+
+    @step
+    def reserve(self) -> Reserve:
+        return Reserve(order=self.order)
+
+    @reserve.compensation
+    def release(self) -> Reserve:
+        return Reserve(order=f"not {self.order}")
+
+    flow = sequence(reserve)
+
+
+class Gentle(Packing, name="packing"):
+    """Undoes with other words."""
+
+    @step
+    def reserve(self) -> Reserve:
+        return Reserve(order=self.order)
+
+    @reserve.compensation
+    def release(self) -> Release:
+        return Release(order=f"please {self.order}")
+
+    flow = sequence(reserve)
+
+
+async def test_where_a_recalled_child_would_go_another_way_is_found(world: World) -> None:
+    recorded = await asked_and_recalled(world)
+    [broken] = verdict(recorded, Parent, Reserving).broken
+    assert (broken.revision, broken.kind) == (5, "recalled")
+    assert broken.what == "it would send reserve to undo reserve, not release to undo reserve"
+    [differing] = verdict(recorded, Parent, Gentle).differing
+    assert (differing.revision, differing.kind) == (5, "recalled")
+    assert "with " + '{"order":"please o-1"}' in differing.what
+
+
+async def test_a_child_of_which_no_attempt_was_recorded_is_judged_where_there_was_one(world: World) -> None:
+    recorded = await asked_and_recalled(world)
+    for document in recorded:
+        document["history"][0]["attempt"] = None  # as before it was recorded
+    [why] = verdict(recorded, Parent, Packing).unclear
+    assert why == "which attempt of its parent it was started by was not recorded"
+    for document in recorded:
+        document["history"] = document["history"][:2]
+        document["origin"] |= {"attempt": 1, "undo_attempt": 0}
+    assert verdict(recorded, Parent, Packing).same == 1
 
 
 async def test_a_history_that_was_not_recorded_in_full_is_not_judged(world: World) -> None:

@@ -1,6 +1,7 @@
 """The commands about versions, as a person reads them."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
@@ -8,12 +9,12 @@ from uuid import UUID
 import pytest
 from typer.testing import CliRunner, Result
 
-from coordinator import Settings
+from coordinator import App, Settings, sequence, step
 from coordinator.cli import cli
 from coordinator.node import Node
 from events.ids import TimeOrderedIds
 from tests.support.flows import until
-from tests.support.ledger_app import OrderPlaced
+from tests.support.ledger_app import Order, OrderPlaced, Release, Reserve
 from tests.support.upgrade_app import first
 
 APP = "tests.support.upgrade_app"
@@ -79,6 +80,49 @@ def test_new_code_is_checked_against_an_export(run: Run, tmp_path: Path) -> None
     assert bad.exit_code == 1
     assert bad.stdout.startswith("0 would go the same way, 2 would not\n")
     assert "version 1 is not part of this application" in bad.stdout
+
+
+class ReservePolitely(Reserve, type="reserve"):
+    """The same command, with more words."""
+
+    please: bool = True
+
+
+class Polite(Order, name="order", version=1):
+    """Version 1, whose first command says something else."""
+
+    @step
+    def reserve_goods(self) -> Reserve:
+        return ReservePolitely(order_id=self.order_id)
+
+    @reserve_goods.compensation
+    def release_goods(self) -> Release:
+        return Release(order_id=self.order_id)
+
+    flow = sequence(reserve_goods, Order.charge_card, Order.ship_goods)
+
+
+polite = App("ledger", sagas=[Polite])
+
+
+def test_a_check_tells_other_words_from_another_way(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "sagas.jsonl"
+    check = ("check", f"{__name__}:polite", str(file))
+    file.write_text(run("export").stdout)
+    under_way = run(*check)
+    assert (under_way.exit_code, under_way.stdout.splitlines()[0]) == (1, "0 would go the same way, 2 would not")
+    assert "reserve_goods is under way, and would say" in under_way.stdout
+    for order in map(json.loads, file.read_text().splitlines()):
+        resolve = ("resolve", f"{APP}:first", order["id"], "reserve_goods", "succeeded", "--why", "it is there")
+        assert run(*resolve).exit_code == 0
+    file.write_text(run("export").stdout)
+    over = run(*check)
+    head = "0 would go the same way, 2 with other words, 0 would not"
+    assert (over.exit_code, over.stdout.splitlines()[0]) == (3, head)
+    assert "it would send reserve for reserve_goods with" in over.stdout
+    verdict = json.loads(run(*check, "--json").stdout)
+    assert (verdict["same"], verdict["broken"], verdict["unclear"]) == (0, [], {})
+    assert [(each["revision"], each["weight"]) for each in verdict["differing"]] == [(1, "differs"), (1, "differs")]
 
 
 @pytest.mark.parametrize(
