@@ -14,6 +14,7 @@ from events.derive import derive_id
 from events.envelope import Direction
 from events.message import Event
 
+_BUT = "; compensated, but "
 _TURNED = (StepStatus.UNDOING, StepStatus.UNDONE)
 
 
@@ -200,7 +201,10 @@ def _end(draft: Draft) -> None:
     if draft.status is Status.RUNNING:
         draft.status, ending = Status.COMPLETED, draft.definition.on_completed
     else:
-        draft.status, ending, arguments = Status.COMPENSATED, draft.definition.on_compensated, (draft.reason or "",)
+        draft.status, ending = Status.COMPENSATED, draft.definition.on_compensated
+        if draft.reason is not None:  # at a second try: what the first one came to is no reason
+            draft.reason = draft.reason.partition(_BUT)[0]
+        arguments = (draft.reason or "",)
     if ending is None:
         draft.answer_as_it_is()
         return
@@ -208,7 +212,11 @@ def _end(draft: Draft) -> None:
     if error is None and event is not None and not isinstance(event, Event):
         error = f"it must return an Event or None, not {type(event).__name__}"
     if error is not None:
-        draft.reason = f"{draft.status.value}, but {ending.name} failed: {error}"[:MAX_REASON]
+        what = f"{ending.name} failed: {error}"
+        if draft.status is Status.COMPENSATED:
+            draft.reason = f"{(draft.reason or '')[: MAX_REASON // 2]}{_BUT}{what}"[:MAX_REASON]
+        else:
+            draft.reason = f"completed, but {what}"[:MAX_REASON]
         draft.status = Status.NEEDS_ATTENTION
     elif event is not None:
         draft.announcements.append(Announcement(derive_id(draft.before.id, "announce", draft.status.value), event))

@@ -10,7 +10,7 @@ from coordinator.decide import give_up
 from coordinator.decision import Verb
 from coordinator.flow import each, parallel, sequence, when
 from coordinator.instance import Status, StepStatus
-from coordinator.steps import completed, step
+from coordinator.steps import compensated, completed, step
 from coordinator.testing import SagaRun
 from events.envelope import Direction, Result
 from tests.support.trips import Book, TripWanted, booking, names, run, saga
@@ -167,6 +167,22 @@ def test_an_end_that_could_not_be_announced_is_announced_again(broken: dict[str,
     broken["method"] = False
     assert trip.acts(Verb.RETRY, "pivot").status is Status.COMPLETED
     assert (trip.reason, trip.published) == (None, [TripWanted(trip="1")])
+
+
+def test_what_is_announced_in_the_end_has_the_first_reason(broken: dict[str, bool]) -> None:
+    class Announced(saga(sequence(booking("a")))):  # type: ignore[misc]
+        @compensated
+        def off(self, reason: str) -> TripWanted:
+            assert not broken["method"]
+            return TripWanted(trip=reason)
+
+    trip = SagaRun(Announced, TripWanted(trip="1")).declines("no")
+    for verb, step_name in ((Verb.RETRY, "a"), (Verb.COMPENSATE, None)):
+        assert trip.acts(verb, step_name).status is Status.NEEDS_ATTENTION
+        assert (trip.reason or "").startswith("a declined: no; compensated, but off failed: off raised")
+    broken["method"] = False
+    assert trip.acts(Verb.RETRY, "a").status is Status.COMPENSATED
+    assert (trip.reason, trip.published) == ("a declined: no", [TripWanted(trip="a declined: no")])
 
 
 def test_an_outstanding_command_is_sent_again_as_it_was() -> None:

@@ -670,7 +670,8 @@ def test_a_compensated_method_that_raises_asks_for_a_person() -> None:
     run = Run("off")
     run.done("hotel", DECLINED)
     assert run.instance.status is Status.NEEDS_ATTENTION
-    assert run.instance.reason == "compensated, but off failed: off raised RuntimeError('off is broken')"
+    because = "hotel declined: hotel says no; compensated, but off failed: off raised RuntimeError('off is broken')"
+    assert run.instance.reason == because
     check(run)
 
 
