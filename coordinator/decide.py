@@ -376,7 +376,7 @@ def _happen(draft: Draft, given: Happened) -> Decision | None:
     """Take in an event that the saga waits for; one that comes too late is noted, one that comes too early is not."""
     about = {"step": given.step, "message_id": given.message_id}
     node, at = draft.definition.by_name.get(given.step), draft.steps.get(given.step)
-    if not isinstance(node, Wait) or (at is None and draft.status.in_flight and not draft.turned_back):
+    if not isinstance(node, Wait) or (at is None and not draft.status.ended and not draft.turned_back):
         return None
     if at is None or at.status is not StepStatus.WAITING:
         return draft.finish("late_event", **about)

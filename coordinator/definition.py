@@ -97,6 +97,8 @@ class SagaDefinition:
         if isinstance(node, Leaf):
             self._around[node.name] = around
             return
+        if isinstance(node, When):
+            self._around[node.condition.name] = around
         for number, part in enumerate(node.parts):
             inside = around
             if isinstance(node, Parallel) and node.may_fail:

@@ -271,6 +271,20 @@ async def test_an_early_event_that_ends_the_holder_starts_the_next(world: World)
     assert await count_rows(world.engine, saga_lock) == 1
 
 
+async def test_an_event_for_one_that_waits_for_its_turn_is_kept_for_it(world: World) -> None:
+    coordinator = await world.coordinator(Confirmation)
+    await coordinator.take(close("c-1"), close("c-2"))
+    await coordinator.take(envelope_of(Confirmed(order="c-2")))
+    await coordinator.take(envelope_of(Confirmed(order="c-1")))
+
+    async def have_ended() -> bool:
+        return await statuses(world, "c-1", "c-2") == ["completed", "completed"]
+
+    await until(have_ended)
+    assert await world.history("c-2") == ["started", "granted", "event"]
+    assert await count_rows(world.engine, saga_lock) == 0
+
+
 async def test_duplicate_starts_stand_in_line_once(world: World, coordinator: Coordinator) -> None:
     first = pay("p-1")
     coordinator.give(first, first, pay("p-2"), pay("p-2"))

@@ -6,6 +6,7 @@ from coordinator import Backoff, Saga, starts_on, step
 from coordinator.flow import Node, nodes
 from coordinator.steps import Step
 from coordinator.testing import SagaRun
+from coordinator.waits import Wait
 from events import Command, Event
 
 
@@ -44,7 +45,7 @@ def wanted(cls: Any, event: TripWanted) -> Any:
 
 def saga(flow: Node, deadline: float | None = None) -> type[Saga]:
     """A saga with this flow."""
-    steps = {node.name: node for node in nodes(flow) if isinstance(node, Step)}
+    steps = {node.name: node for node in nodes(flow) if isinstance(node, Step | Wait)}
     fields = {"__annotations__": {"trip": str, "far": bool}, "far": False}
     namespace = {"__module__": __name__, **fields, "wanted": starts_on(TripWanted)(wanted), **steps, "flow": flow}
     made: Any = type(Saga)

@@ -7,13 +7,14 @@ import pytest
 
 from coordinator.acts import NotPossibleError
 from coordinator.decide import decide
-from coordinator.decision import Recalled, Resolution, Verb
-from coordinator.flow import Each, each, parallel, sequence
+from coordinator.decision import Happened, Recalled, Resolution, Verb
+from coordinator.flow import Each, each, parallel, sequence, when
 from coordinator.instance import Origin, Status
 from coordinator.steps import Backoff, Step, step
 from coordinator.testing import PARENT_ID
+from coordinator.waits import awaits
 from events.envelope import Direction, Result
-from tests.support.trips import Book, Cancel, booking, names, run
+from tests.support.trips import Book, Cancel, TripWanted, booking, names, run
 
 DO, UNDO = Direction.DO, Direction.UNDO
 SUCCEEDED, FAILED = Result.SUCCEEDED, Result.FAILED
@@ -171,6 +172,27 @@ def test_an_item_of_which_an_operator_says_that_it_was_not_done_can_be_tried_aga
     fan = trip.instance.steps["seat"].fan
     assert (trip.status, fan and fan.failed) == (Status.NEEDS_ATTENTION, 1)
     assert trip.acts(Verb.RETRY, "seat[0]").succeeds().status is Status.COMPLETED
+
+
+def test_a_condition_that_cannot_be_told_fails_its_branch_alone() -> None:
+    def is_wanted(self: Any) -> bool:
+        raise RuntimeError(self.trip)
+
+    trip = run(sequence(parallel(when(is_wanted, booking("a")), booking("b"), needed="any"), booking("c")))
+    assert (trip.status, names(trip.sent)) == (Status.RUNNING, ["book b"])
+    assert names(trip.succeeds().sent) == ["book c"]
+    assert trip.succeeds().status is Status.COMPLETED
+
+
+def test_an_event_for_a_saga_that_needs_attention_is_early_for_what_comes_then() -> None:
+    @awaits(TripWanted, by="trip")
+    def wanted_again(self: Any, event: TripWanted) -> None:
+        assert self.trip == event.trip
+
+    trip = run(sequence(pivot(), booking("a"), wanted_again)).succeeds().declines("no")
+    assert trip.status is Status.NEEDS_ATTENTION
+    assert decide(trip.definition, trip.instance, Happened("wanted_again", TripWanted(trip="1"), "m", trip.now)) is None
+    assert trip.acts(Verb.SKIP, "a").receives(TripWanted(trip="1")).status is Status.COMPLETED
 
 
 def test_what_a_handler_says_of_a_step_that_an_operator_has_given_up_on_is_news() -> None:
