@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from coordinator.redaction import redacted, redacted_text
+from coordinator.redaction import escaped, redacted, redacted_text
 from coordinator.views import print_json
 from handlers.letters import Change, Group, Letter, Replay
 from handlers.replay_plan import Planned
@@ -61,9 +61,9 @@ def _print_columns(console: Console, names: Sequence[str], rows: Sequence[Sequen
     if not rows:
         console.print(_NOTHING, highlight=False)
         return
-    escaped = [names, *([_escaped(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[at]) for row in escaped) for at in range(len(names) - 1)]
-    for row in escaped:
+    shown = [names, *([escaped(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[at]) for row in shown) for at in range(len(names) - 1)]
+    for row in shown:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         _print_line(console, "  ".join((*cells, row[-1])))
 
@@ -283,14 +283,7 @@ def _print_lines(console: Console, text: str) -> None:
 
 
 def _print_line(console: Console, text: str) -> None:
-    console.file.write(f"{_escaped(text)}\n")  # rich would take longer than all else for a letter
-
-
-def _escaped(text: str) -> str:
-    """Return text from outside with what is not printable written as escapes: nothing of it is lost, or obeyed."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    console.file.write(f"{escaped(text)}\n")  # rich would take longer than all else for a letter
 
 
 def _time(moment: datetime | None) -> str:

@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from pythonjsonlogger.json import JsonFormatter
 
+from coordinator.redaction import escaped
 from events.clock import Clock
 from events.database import is_transient
 from events.errors import BusClosedError, ConfigurationError
@@ -50,11 +51,27 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 def log_to_stderr(level: str, style: str) -> None:
     """Send log records to standard error: as text, or as one JSON object a line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(_JSON) if style == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(JsonFormatter(_JSON) if style == "json" else _TextFormatter(_TEXT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("aio_pika", "alembic", "httpx2", "httpcore2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # what it reports as an error, we report in our words
+
+
+class _TextFormatter(logging.Formatter):
+    """A line for each record, and its stack below, further in.
+
+    What others have written, in a message or in an error, neither steers the terminal nor looks like another record.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is logging's
+        return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # as above
+        return self.formatStack(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802  # as above
+        return "\n".join(f"  {escaped(line)}" for line in stack_info.splitlines())
 
 
 @contextmanager

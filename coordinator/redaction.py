@@ -1,4 +1,4 @@
-"""What must not stand on a terminal or in a ticket by accident: passwords, tokens and the like are masked."""
+"""What must not stand on a terminal or in a ticket by accident: passwords and the like, and what steers a terminal."""
 
 import re
 from itertools import pairwise
@@ -42,3 +42,10 @@ def redacted_text(text: str) -> str:
             shown += [text[end : found.end()], MASK]
             end = value.end()
     return "".join((*shown, text[end:]))
+
+
+def escaped(text: str) -> str:
+    """Return text from outside with what is not printable written as escapes: nothing of it is lost, or obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

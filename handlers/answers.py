@@ -104,7 +104,7 @@ class Answers:
             reopens=row.dead_letter_id if row else None,
         )
         if envelope is not None:
-            failure = Failed(code=code, reason=detail[-_MAX_REASON:], attempts=attempts)
+            failure = Failed(code=code, reason=_told(detail, error_type), attempts=attempts)
             span = tracing.current_span()
             self.reply(outcome, envelope, failure, tracing.traceparent_of(span), tracing.tracestate_of(span))
         return outcome
@@ -236,3 +236,9 @@ class Answers:
 def _was_tried(item: Item) -> bool:
     """Say whether a try of a message may have begun: here, before it came to wait, or in a process that has died."""
     return item.begun or item.alone or row_of(item) is not None
+
+
+def _told(detail: str, error_type: str | None) -> str:
+    """Return what a saga, and whoever hears of its end, is told: the error, and not the stack of the dead letter."""
+    begin = detail.rfind(f"\n{error_type}") if error_type else -1
+    return detail[-_MAX_REASON:] if begin < 0 else detail[begin + 1 :].strip()[:_MAX_REASON]

@@ -34,8 +34,6 @@ from handlers.tools import Tools
 
 logger = logging.getLogger(__name__)
 
-_MAX_REASON = 500
-
 
 class HandlerCancelledError(CoordinatorError):
     """Something inside the handler cancelled it, though nobody here asked for that."""

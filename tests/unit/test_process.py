@@ -1,12 +1,13 @@
 """What a process does before it works."""
 
+import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from coordinator.process import enter_when_up, exits_when_stalled
+from coordinator.process import enter_when_up, exits_when_stalled, log_to_stderr
 from events.errors import BusClosedError, ConfigurationError
 from tests.support.flows import ManualClock
 
@@ -94,3 +95,21 @@ async def test_a_stalled_process_is_still_watched_for_after_an_error(monkeypatch
         await clock.pass_sleep(5.0)
         await clock.asleep(5.0)
     assert wound_up == 2
+
+
+def test_what_is_logged_neither_steers_the_terminal_nor_looks_like_another_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    for name in (None, "aio_pika", "alembic", "httpx2", "httpcore2", "aiormq"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "level", logger.level)
+    log_to_stderr("INFO", "text")
+    error = ValueError("\x1b[2J\n2026-11-26 09:00:00,000 INFO    shop: all is well")
+    forged = "no \x1b]0;x\x07\n2026-11-26 09:00:00,000 INFO    shop: all is well"
+    logging.getLogger("shop").error(forged, exc_info=error)
+    first, *stack = capsys.readouterr().err.splitlines()
+    assert first.endswith(r"ERROR   shop: no \x1b]0;x\x07\n2026-11-26 09:00:00,000 INFO    shop: all is well")
+    assert all(line.startswith("  ") for line in stack)
+    assert r"  ValueError: \x1b[2J" in stack
