@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from sqlalchemy import RowMapping
 
-from coordinator.views import plain, print_json
+from coordinator.views import plain, print_json, print_table
 from handlers.operations import Overview, Setting
 
 
@@ -31,7 +31,7 @@ def print_overview(console: Console, found: Sequence[Overview], *, as_json: bool
             plain(_breakers(each.processes)),
             plain(_limits(each.setting)),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def print_setting(console: Console, name: str, setting: Setting) -> None:
@@ -57,7 +57,7 @@ def print_changes(console: Console, found: Sequence[RowMapping], *, as_json: boo
             plain(_shown(row["change"])),
             plain(row["reason"]),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def _document(each: Overview) -> dict[str, Any]:

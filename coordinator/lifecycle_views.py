@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from sqlalchemy import Row
 
 from coordinator.lifecycles.entity import Delegation, Entity
-from coordinator.views import plain, print_json
+from coordinator.views import plain, print_json, print_table
 
 
 def print_entities(console: Console, found: Sequence[Entity], *, as_json: bool) -> None:
@@ -31,7 +31,7 @@ def print_entities(console: Console, found: Sequence[Entity], *, as_json: bool) 
             plain(each.escalated_to or ""),
             str(each.revision),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def print_entity(console: Console, entity: Entity, history: Sequence[Row[Any]], *, as_json: bool) -> None:
@@ -74,7 +74,7 @@ def print_audit(console: Console, rows: Sequence[Row[Any]], *, as_json: bool) ->
             plain(row.role or ""),
             plain(row.comment),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def print_verified(
@@ -112,7 +112,7 @@ def print_delegations(console: Console, found: Sequence[Delegation], *, as_json:
             plain(each.why),
             plain(f"{_time(each.revoked_at)} by {each.revoked_by}" if each.revoked_at else ""),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def _document(entity: Entity) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from coordinator.search_options import OfKey, OfSaga, OfStatus, OfStep, Since, U
 from coordinator.settings import load_settings
 from coordinator.store import Store
 from coordinator.versions import VersionCount, Versions
-from coordinator.views import plain, print_json
+from coordinator.views import plain, print_json, print_table
 from events.clock import SystemClock
 from events.errors import ConfigurationError
 
@@ -169,7 +169,7 @@ def print_verdict(verdict: Verdict, *, as_json: bool) -> None:
         for each in deviations:
             name = f"{each.saga} v{each.version}"
             table.add_row(each.weight, name, plain(each.key), str(each.revision), each.kind, plain(each.what))
-        out.print(table)
+        print_table(out, table)
     for reason, number in verdict.unclear.items():
         out.print(f"{number} cannot be told: {reason}", highlight=False, markup=False)
 
@@ -185,7 +185,7 @@ def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
         table = Table(Column("stay", justify="right"), "because", "for example")
         for reason, ids in sorted(report.stay.items(), key=lambda item: -len(item[1])):
             table.add_row(str(len(ids)), plain(reason), str(ids[0]))
-        out.print(table)
+        print_table(out, table)
 
 
 def print_versions(counts: Sequence[VersionCount], app: App | None, *, as_json: bool) -> None:
@@ -217,7 +217,7 @@ def print_versions(counts: Sequence[VersionCount], app: App | None, *, as_json: 
             *(str(number) if number else "" for number in (each.in_flight, each.stuck, each.ended)),
             *([_code_of(each, app)] if app else []),
         )
-    out.print(table)
+    print_table(out, table)
 
 
 def _code_of(version: VersionCount, app: App) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from coordinator.instance import Fan, Instance, Origin, Status, StepState
 from coordinator.lines import Place
 from coordinator.timers import Timer
 
+_WIDEST = 100_000  # columns of a line
 COLOURS = {
     Status.WAITING: "cyan",
     Status.RUNNING: "blue",
@@ -44,7 +46,7 @@ def print_list(
             _status(each.status),
             plain(each.reason or ""),
         )
-    console.print(table)
+    print_table(console, table)
     print_counts(console, counts)
 
 
@@ -56,7 +58,7 @@ def print_counts(console: Console, counts: Mapping[tuple[str, Status], int]) -> 
     for saga in sorted({saga for saga, _ in counts}):
         numbers = [counts.get((saga, status), 0) for status in statuses]
         table.add_row(saga, *(str(number) if number else "" for number in numbers), str(sum(numbers)))
-    console.print(table)
+    print_table(console, table)
 
 
 def print_instance(
@@ -90,7 +92,7 @@ def print_instance(
     for name, at in {**instance.steps, **(items or {})}.items():
         status = f"{at.status.value}{_count(at.fan)}"
         steps.add_row(name, status, str(at.attempt), str(at.undo_attempt or ""), str(at.due_at or ""))
-    console.print(steps)
+    print_table(console, steps)
     table = Table("rev", "at", "what", "step", "result", "status", "sent", "because of")
     for row in history:
         sent = ", ".join(each["type"] for each in row.sent)
@@ -105,7 +107,7 @@ def print_instance(
             sent,
             plain(row.message_id or (f"{row.actor}: {row.why}" if row.actor else "")),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def _count(fan: Fan | None) -> str:
@@ -156,7 +158,7 @@ def print_timers(console: Console, found: Sequence[Timer], *, as_json: bool) -> 
     for each in found:
         key, of = plain(each.saga.key), f"{each.saga.saga} v{each.saga.version}"
         table.add_row(f"{each.due_at:%Y-%m-%d %H:%M:%S}", each.what, each.step or "", of, key, str(each.saga.id))
-    console.print(table)
+    print_table(console, table)
 
 
 def _timer(timer: Timer) -> dict[str, Any]:
@@ -172,6 +174,21 @@ async def print_revision(console: Console, engine: AsyncEngine, *, as_json: bool
         print_json(console, {"current": current, "needed": needed})
     else:
         console.print(f"schema {current or 'nothing'}, needed {needed}", highlight=False)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; if the terminal has no room for it, or what reads it is none, in lines that nothing is cut off.
+
+    Squeezed into 80 columns, a key or a reason would stand there in pieces of a few letters, and `grep` find none.
+    """
+    if console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum <= console.width:
+        console.print(table)
+        return
+    table.box, table.pad_edge = None, False
+    lines = Console(file=StringIO(), width=_WIDEST)
+    with lines.capture() as printed:
+        lines.print(table)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in printed.get().splitlines()))
 
 
 def plain(text: str) -> Text:

@@ -1,4 +1,4 @@
-"""What operators write wrongly, or what others have written on purpose, is no traceback."""
+"""What operators write wrongly, or others on purpose, is no traceback, and what they read is readable."""
 
 import sys
 from datetime import UTC, datetime, timedelta
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 from typer.testing import CliRunner
 
 from coordinator.cli import cli, main
@@ -17,6 +19,7 @@ from coordinator.lifecycle_views import print_entities, print_entity
 from coordinator.lifecycles import Act, Due, Lifecycle, deadlines, transition
 from coordinator.search_options import query_of
 from coordinator.settings import load_settings
+from coordinator.views import print_table
 from events.errors import ConfigurationError, DefinitionError
 from handlers import Retry
 from handlers.operations import Setting
@@ -163,3 +166,25 @@ def test_what_an_entity_is_escalated_to_is_no_markup() -> None:
     printed = console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO
     assert printed.count("[/x] \ufffd[31mboss") == 2
     assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_a_table_for_which_there_is_no_room_is_lines_that_nothing_is_cut_off(width: int) -> None:
+    table = Table("id", Column("key", overflow="fold"), "reason")
+    table.add_row("01a20000-0000-7000-8000-000000000001", "order 1", Text("the card was reported stolen"))
+    table.add_row("01a20000-0000-7000-8000-000000000002", "order 20", "")
+    console = Console(file=StringIO(), width=width)
+    print_table(console, table)
+    assert console.file.getvalue() == (  # type: ignore[attr-defined]  # it is a StringIO
+        "id                                    key       reason\n"
+        "01a20000-0000-7000-8000-000000000001  order 1   the card was reported stolen\n"
+        "01a20000-0000-7000-8000-000000000002  order 20\n"
+    )
+
+
+def test_a_table_for_which_there_is_room_has_a_frame() -> None:
+    table = Table("id", "key")
+    table.add_row("1", "order 1")
+    console = Console(file=StringIO(), width=80)
+    print_table(console, table)
+    assert "│ 1  │ order 1 │\n" in console.file.getvalue()  # type: ignore[attr-defined]  # as above
