@@ -191,7 +191,9 @@ class Archive:
             "traceparent": None,
         }
         stay = saga_instance.update().where(saga_instance.c.id.in_(ids))
-        await connection.execute(stay.values(status=Status.ARCHIVED.value, origin=None, **empty))
+        # Whoever has read it before decides again: it is written over the revision that was read.
+        moved = {"status": Status.ARCHIVED.value, "revision": saga_instance.c.revision + 1}
+        await connection.execute(stay.values(origin=None, **moved, **empty))
         sent = [each for document in documents for row in document["history"] for each in row["sent"]]
         commands = [UUID(each["id"]) for each in sent if "direction" in each]
         for first in range(0, len(commands), _KEYS):

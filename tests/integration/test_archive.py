@@ -20,7 +20,7 @@ from coordinator.tables import saga_history, saga_instance, saga_item, saga_wait
 from coordinator.verification import Verification
 from events.database import transaction
 from events.derive import derive_id
-from events.errors import ConfigurationError
+from events.errors import ConfigurationError, StaleRowError
 from events.ids import TimeOrderedIds
 from handlers.inbox import OF_SAGAS
 from handlers.tables import inbox, retry
@@ -131,6 +131,18 @@ async def test_a_start_with_the_key_of_an_archived_saga_is_a_duplicate(
     assert await statuses(world) == {"t-1": "archived"}
     assert "saga.duplicate_start" in actions(caplog)
     assert await world.sent() == []
+
+
+async def test_who_has_read_a_saga_before_it_was_archived_writes_nothing_over_it(world: World) -> None:
+    saga_id = await write(world, completed(), "t-1")
+    store = Store(world.engine, world.clock)
+    async with transaction(world.engine) as connection:
+        read = await store.load(connection, [saga_id], lock=False)
+    await archive(world, None)
+    with pytest.raises(StaleRowError):
+        async with transaction(world.engine) as connection:
+            await store.update(connection, [replace(read[saga_id], revision=read[saga_id].revision + 1)], read)
+    assert await statuses(world) == {"t-1": "archived"}
 
 
 async def test_a_reply_to_an_archived_saga_is_kept_for_a_person(world: World) -> None:
