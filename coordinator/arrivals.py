@@ -117,7 +117,8 @@ class Arrivals:
         here = [each for each in waiting if self._has_version(each[0])]
         concerned = [each for each in here if self._happen(item, envelope, event, *each)]
         is_early = not concerned and len(here) == len(waiting)
-        if len(here) < len(waiting) or (is_early and correlation.wait.early is Early.PARK):
+        is_kept = correlation.wait.early is Early.PARK or self._batch.will_wait(correlation.id)
+        if len(here) < len(waiting) or (is_early and is_kept):
             self._park(envelope, correlation)  # for later, or for somebody who has that version
             return True
         if is_early and correlation.wait.early is Early.DEAD_LETTER:
@@ -175,7 +176,7 @@ class Arrivals:
 
     def _bar(self, envelope: Envelope, link: SagaLink, origin: Origin, identity: UUID) -> None:
         """There is nothing to undo, and there shall not be: the command will find itself taken already."""
-        if link.undoes is not None:
+        if link.undoes is not None and link.undoes not in self._facts.taken:
             self._batch.taken.add(link.undoes)
         undone = Answer(
             derive_id(identity, "answer", "undo", link.attempt),

@@ -239,6 +239,10 @@ class Batch:
         known = [*self.facts.standing.get(correlation, ()), *self._standing.get(correlation, ())]
         return [(saga_id, name) for saga_id, name in known if self._waits(saga_id, name)]
 
+    def will_wait(self, correlation: UUID) -> bool:
+        """Say whether a new instance waits for an event; it may turn out to be a duplicate."""
+        return any(saga_id in self._keys for saga_id, _ in self._standing.get(correlation, ()))
+
     def keep(self, decision: Decision, messages: Sequence[Outbound], recorded: str | None) -> None:
         """Keep what was decided, with its row of the history, whose hash the instance has."""
         instance = self._record(decision, messages, recorded)
@@ -257,7 +261,7 @@ class Batch:
         for each in decision.waits:
             begun = Begun(instance.id, instance.saga, each.step, events[each.step], each.values)
             self.begun[instance.id, each.step] = begun
-            for event in events[each.step] if instance.id in self.loaded else ():
+            for event in events[each.step]:
                 correlation = correlation_id(begun.saga, event, begun.values)
                 self._standing.setdefault(correlation, []).append((instance.id, each.step))
         for step in decision.over:

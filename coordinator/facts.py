@@ -110,6 +110,7 @@ class Lookups:
                 once.append(envelope.key)
                 if link is not None:
                     named.add((child_id(link.saga_id, link.step), ""))
+                    once += [link.undoes] if link.undoes is not None else []
             elif link is not None:
                 named.add((link.saga_id, link.step))
             elif envelope.type in self._sagas.awaited:

@@ -405,6 +405,19 @@ async def test_early_events_can_be_dead_letters_or_ignored(world: World, caplog:
     assert await rows(world, parked_event) == 0
 
 
+async def test_an_event_in_one_batch_with_the_start_of_its_saga_is_not_early(world: World) -> None:
+    """Neither dead nor ignored, as if it had come in the next one."""
+    coordinator = await world.coordinator(Strict)
+    await coordinator.take(envelope_of(Ordered(order="o-1")), envelope_of(Paid(order="o-1", payment="p")))
+
+    async def is_taken() -> bool:
+        return (await world.instance("o-1")).steps["paid"].status is StepStatus.SUCCEEDED
+
+    await until(is_taken)
+    assert await world.dead() == {}
+    assert await rows(world, parked_event) == 0
+
+
 async def test_a_dead_letter_of_an_early_event_finds_its_saga_when_it_is_delivered_again(world: World) -> None:
     coordinator = await world.coordinator(Strict)
     early = envelope_of(Paid(order="o-1", payment="p"))
@@ -728,19 +741,40 @@ async def test_a_child_that_is_undone_before_it_begins_never_does(world: World) 
     assert (await found(world))["parent"].status is Status.COMPENSATED
 
 
+async def test_a_child_that_never_begins_is_undone_as_often_as_it_is_asked_for(world: World) -> None:
+    """Its parent asks again when an answer is late; another saga with the key of the child is no reason to fail."""
+    coordinator = await world.coordinator(Parent, Packing)
+    await coordinator.take(envelope_of(Ordered(order="o-1")), packing_of(1))
+    await coordinator.take(*await world.sent("pack"))
+    [refused] = await world.sent("failed")
+    await coordinator.take(refused)
+    [unpack] = await world.sent("unpack")
+    await coordinator.take(unpack)
+    await coordinator.take(unpack)
+    assert await world.dead() == {}
+    undone = await world.sent("succeeded")
+    assert len({each.id for each in undone}) == 1 < len(undone)
+    await coordinator.take(undone[0])
+    assert (await found(world))["parent"].status is Status.COMPENSATED
+
+
+def packing_of(parent: int) -> Envelope:
+    """The command for a child of some parent."""
+    link = SagaLink(UUID(int=parent << 80), "pack", DO, 1)
+    return wrap(
+        Pack(order="o-1"),
+        id=str(derive_id(link.saga_id, "pack", "do", 1)),
+        source="/tests",
+        time=START,
+        saga=link,
+        reply_to="coordinator",
+    )
+
+
 async def test_a_child_whose_key_is_taken_fails_its_parents_step(world: World) -> None:
     coordinator = await world.coordinator(Parent, Packing)
     for parent in (1, 2):
-        link = SagaLink(UUID(int=parent << 80), "pack", DO, 1)
-        command = wrap(
-            Pack(order="o-1"),
-            id=str(derive_id(link.saga_id, "pack", "do", 1)),
-            source="/tests",
-            time=START,
-            saga=link,
-            reply_to="coordinator",
-        )
-        await coordinator.take(command)
+        await coordinator.take(packing_of(parent))
     assert (await found(world))["packing"].id == child_id(UUID(int=1 << 80), "pack")
     [failed] = await world.sent("failed")
     assert failed.saga is not None
