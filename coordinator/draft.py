@@ -182,7 +182,13 @@ class Draft:
     @property
     def is_stuck(self) -> bool:
         """Whether there is no way back, and a step is why there is no way on either."""
-        return self.is_past_pivot and any(self.is_why_stuck(name) for name in self.steps)
+        if not self.is_past_pivot:
+            return False
+        begun = [node for node in self.definition.fans if node.name in self.steps and not node.collect]
+        failed = [node for node in begun if self.count_items(node).failed]  # of which not all are loaded
+        return any(self.is_why_stuck(name) for name in self.steps) or any(
+            self.branch_turned_back(node.name) is None for node in failed
+        )
 
     def is_why_stuck(self, name: str) -> bool:
         """Whether a step that has failed stands in the way of a saga that cannot go back."""

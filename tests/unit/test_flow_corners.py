@@ -105,6 +105,17 @@ def test_past_its_pivot_a_saga_is_not_done_without_an_item_that_has_failed() -> 
     assert trip.acts(Verb.RETRY, "seat[1]").succeeds().status is Status.COMPLETED
 
 
+def test_an_item_that_has_failed_is_why_a_saga_needs_attention_whichever_else_is_helped_on() -> None:
+    trip = run(sequence(pivot(), bookings("seat", 3))).succeeds()
+    trip.declines("no", step="seat[0]").declines("no", step="seat[1]")
+    with pytest.raises(NotPossibleError, match="pivot is succeeded; there is nothing to retry"):
+        trip.acts(Verb.RETRY, "pivot")
+    trip.acts(Verb.RETRY, "seat[1]").succeeds(step="seat[1]").succeeds(step="seat[2]")
+    assert (trip.status, trip.reason) == (Status.NEEDS_ATTENTION, "seat[0] declined: no")
+    assert trip.acts(Verb.RETRY, "seat[0]").succeeds().status is Status.COMPLETED
+    assert trip.reason is None
+
+
 def test_a_failed_item_is_undone_while_a_part_before_it_is_busy_once_more() -> None:
     first, second = (bookings(name, 1, on_failure="collect") for name in ("first", "second"))
     trip = run(sequence(first, second)).fails(step="first[0]").succeeds(step="first[0]")
