@@ -17,6 +17,7 @@ from sqlalchemy import (
     Uuid,
     and_,
     case,
+    cast,
     func,
     literal,
     or_,
@@ -156,6 +157,20 @@ def unusual(page: Page) -> Select[Any]:
     instance = saga_instance.c
     unended = instance.status != Status.COMPLETED.value
     return select(instance.id).where(page.of_instances, or_(unended, instance.id.in_(with_strange)))
+
+
+def changes(page: Page) -> Select[Any]:
+    """Ask for what each row of history has changed, as text, saga by saga."""
+    columns = saga_history.c
+    change = type_coerce(columns.change, Text).label("change")
+    return select(columns.saga_id, change).where(page.of_history).order_by(columns.saga_id, columns.revision)
+
+
+def completed(page: Page) -> Select[Any]:
+    """Ask for the state and the steps of completed sagas, as text."""
+    instance = saga_instance.c
+    parts = (cast(instance[name], Text).label(name) for name in ("state", "steps"))
+    return select(instance.id, *parts).where(page.of_instances, instance.status == Status.COMPLETED.value)
 
 
 class _Digest(FunctionElement[bytes]):

@@ -235,6 +235,39 @@ async def test_i9_a_state_and_steps_that_the_history_does_not_tell_are_found(wor
     }
 
 
+async def test_i9_a_saga_that_only_went_well_is_compared_with_its_history_too(world: World) -> None:
+    instance = completed()[-1].instance
+    state_id, steps_id = await world.write(completed(), "state"), await world.write(completed(), "steps")
+    await world.write(completed(), "good")
+    steps = {name: replace(at, attempt=7) if name == "hotel" else at for name, at in instance.steps.items()}
+    await world.tamper(
+        of_instance(state_id, state={**instance.state, "ticket": "another"}),
+        of_instance(steps_id, steps={name: at.to_json() for name, at in steps.items()}),
+    )
+    assert await world.findings() == {
+        (state_id, "I9", "its state is not what its history tells: ticket"),
+        (steps_id, "I9", "its steps are not what its history tells: hotel"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"steps": {"hotel": {"status": "evil"}}}, "'evil' is not a valid StepStatus"),
+        ({"state": []}, "'list' object has no attribute"),
+    ],
+)
+async def test_i9_a_saga_that_cannot_be_read_hides_no_other(world: World, values: dict[str, Any], said: str) -> None:
+    broken = await world.write(compensated(), "broken")
+    good, altered = await world.write(compensated(), "good"), await world.write(compensated(), "altered")
+    await world.tamper(of_instance(broken, **values), of_instance(altered, state={}))
+    found = await world.findings()
+    assert {saga_id for saga_id, _, _ in found} == {broken, altered}, f"not {good}"
+    [detail] = [detail for saga_id, _, detail in found if saga_id == broken]
+    assert detail.startswith("what is stored of it cannot be read: ")
+    assert said in detail
+
+
 # Decisions that were never made, in a history that is whole: a coordinator with a bug would write it
 
 
