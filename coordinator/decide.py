@@ -28,7 +28,7 @@ from coordinator.instance import Instance, Status, StepState, StepStatus
 from coordinator.requests import send, try_anew, undo
 from coordinator.steps import Step
 from coordinator.waits import Delay, Wait
-from coordinator.walk import walk
+from coordinator.walk import BUT, walk
 from events.envelope import Direction, Result
 from events.message import Failed, Message
 
@@ -258,6 +258,10 @@ def _late_effect(draft: Draft, step: Step, given: Replied) -> None:
         return
     draft.settle(name, StepStatus.SUCCEEDED if has_happened else StepStatus.UNKNOWN, answer=given.result)
     if step.undo is None:
+        if step.pivot and has_happened and draft.turned_back:  # somebody has said that it was not done
+            because = (draft.reason or "").partition(BUT)[0][: MAX_REASON // 2]
+            draft.reason = f"{because}{BUT}{name} has succeeded, and nothing undoes it"
+            draft.status = Status.NEEDS_ATTENTION
         return
     if draft.turned_back:
         draft.status = Status.COMPENSATING

@@ -182,7 +182,7 @@ class Draft:
     @property
     def is_stuck(self) -> bool:
         """Whether there is no way back, and a step is why there is no way on either."""
-        if not self.is_past_pivot:
+        if not self.is_past_pivot or self.turned_back:
             return False
         begun = [node for node in self.definition.fans if node.name in self.steps and not node.collect]
         failed = [node for node in begun if self.count_items(node).failed]  # of which not all are loaded
@@ -194,7 +194,7 @@ class Draft:
         """Whether a step that has failed stands in the way of a saga that cannot go back."""
         node = self.definition.by_name.get(step_and_item(name)[0])
         failed = self.steps[name].status in (StepStatus.UNKNOWN, StepStatus.DECLINED)
-        if node is None or not failed or not self.is_past_pivot or self.branch_turned_back(name) is not None:
+        if node is None or not failed or not self.is_past_pivot or self.goes_back(name):
             return False
         return step_and_item(name)[1] is None or not (isinstance(node, Each) and node.collect)
 

@@ -14,7 +14,7 @@ from events.derive import derive_id
 from events.envelope import Direction
 from events.message import Event
 
-_BUT = "; compensated, but "
+BUT = "; compensated, but "  # between why a saga has turned back and why a person must look all the same
 _TURNED = (StepStatus.UNDOING, StepStatus.UNDONE)
 
 
@@ -203,7 +203,7 @@ def _end(draft: Draft) -> None:
     else:
         draft.status, ending = Status.COMPENSATED, draft.definition.on_compensated
         if draft.reason is not None:  # at a second try: what the first one came to is no reason
-            draft.reason = draft.reason.partition(_BUT)[0]
+            draft.reason = draft.reason.partition(BUT)[0]
         arguments = (draft.reason or "",)
     if ending is None:
         draft.answer_as_it_is()
@@ -214,7 +214,7 @@ def _end(draft: Draft) -> None:
     if error is not None:
         what = f"{ending.name} failed: {error}"
         if draft.status is Status.COMPENSATED:
-            draft.reason = f"{(draft.reason or '')[: MAX_REASON // 2]}{_BUT}{what}"[:MAX_REASON]
+            draft.reason = f"{(draft.reason or '')[: MAX_REASON // 2]}{BUT}{what}"[:MAX_REASON]
         else:
             draft.reason = f"completed, but {what}"[:MAX_REASON]
         draft.status = Status.NEEDS_ATTENTION

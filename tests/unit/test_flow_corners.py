@@ -206,6 +206,24 @@ def test_an_event_for_a_saga_that_needs_attention_is_early_for_what_comes_then()
     assert trip.acts(Verb.SKIP, "a").receives(TripWanted(trip="1")).status is Status.COMPLETED
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_pivot_that_succeeds_although_it_was_called_declined_calls_a_person(*, ended: bool) -> None:
+    """There is no way to undo it: the money is taken, and the goods go back."""
+    trip = run(sequence(booking("a"), parallel(booking("b"), booking("c"), needed="any"), pivot())).succeeds()
+    trip.succeeds(step="b").declines("no", step="c").acts(Verb.RESOLVE, "pivot", resolution=Resolution.DECLINED)
+    if ended:
+        trip.succeeds(step="b").succeeds(step="a")
+    trip.replies("pivot", DO, SUCCEEDED)
+    because = "pivot declined: ada: a test; compensated, but pivot has succeeded, and nothing undoes it"
+    assert (trip.status, trip.reason) == (Status.NEEDS_ATTENTION, because)
+    if not ended:
+        trip.succeeds(step="b")
+    assert names(trip.acts(Verb.RETRY, "c").sent) == ([] if ended else ["cancel a"])
+    if not ended:
+        trip.succeeds(step="a")
+    assert (trip.status, trip.reason) == (Status.COMPENSATED, "pivot declined: ada: a test")
+
+
 def test_what_a_handler_says_of_a_step_that_an_operator_has_given_up_on_is_news() -> None:
     trip = run(sequence(booking("a"), booking("b"))).acts(Verb.RESOLVE, "a", resolution=Resolution.FAILED).succeeds()
     assert trip.status is Status.COMPENSATED
