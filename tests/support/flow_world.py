@@ -390,7 +390,10 @@ class World:
             self._check_limit(decision.instance, name)
         else:
             assert [each for each in asked if (each.step, each.direction) == (name, DO)]
-            if request.attempt == 1:
+            was, node = before and before.steps.get(name), self.definition.by_name[step_and_item(name)[0]]
+            has_failed = was and was.status in (StepStatus.RUNNING, StepStatus.RETRYING)
+            is_alone = isinstance(node, Each) and node.collect and has_failed  # even if its branch turns back as well
+            if request.attempt == 1 and not is_alone:
                 self._check_order(decision.instance, name)
 
     def _check_limit(self, instance: Instance, name: str) -> None:
