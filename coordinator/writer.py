@@ -20,6 +20,8 @@ from events.dead_letters import bury
 from events.intake import Item, completed_by
 from events.outbox import AfterCommit, Outbox
 
+_MOST_MATCHES = 10_000  # nobody looks where an operator acts on many: the sweeps of others do
+
 
 class Writer:
     """What the engine, its deadlines and its early events write with.
@@ -110,7 +112,8 @@ class Writer:
             now = self._store.clock.now()
             if any(each.wants_more_by(now) for each in (*batch.fresh, *batch.changed)):
                 self.goes_on.set()
-            if matches := [*batch.begun_for, *(each.correlation.id for each in batch.parked)]:
+            matches = [*batch.begun_for, *(each.correlation.id for each in batch.parked)]
+            if matches and len(self.matches) < _MOST_MATCHES:
                 self.matches.update(matches)
                 self.may_match.set()
 
