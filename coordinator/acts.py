@@ -263,5 +263,5 @@ def _begun(draft: Draft, given: Acted) -> tuple[str, StepState]:
 def _step(draft: Draft, name: str) -> Step:
     step = draft.definition.step_of(name)
     if step is None:
-        raise NotPossibleError(f"{name} waits; there is nothing to retry. It can be skipped, or its deadline moved")
+        raise NotPossibleError(f"{name} waits: it can be skipped, or its deadline moved")
     return step
