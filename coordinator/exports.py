@@ -1,11 +1,13 @@
 """Instances with their recorded inputs, one JSON object a line: to look at, and to decide on again elsewhere."""
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
+from coordinator.chain import COLUMNS
 from coordinator.instance import UNFINISHED
 from coordinator.search import Query
 from coordinator.store import Store
@@ -13,6 +15,9 @@ from coordinator.views import document_of
 from events.errors import ConfigurationError
 
 _PAGE = 200
+_PARTS = {"id": str, "saga": str, "version": int, "key": str, "created_at": str, "state": dict, "history": list}
+_OF_ROW = frozenset(COLUMNS) - {"saga_id"}
+_id = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 async def export(store: Store, query: Query) -> AsyncIterator[dict[str, Any]]:
@@ -41,7 +46,7 @@ def read(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             document = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"line {number} is no JSON: {error}") from error
-        if not isinstance(document, dict) or not {"id", "saga", "version", "state", "history"} <= document.keys():
+        if not _is_saga(document):
             raise ConfigurationError(f"line {number} is no saga; write the file with `coordinator sagas export`")
         yield document
 
@@ -51,3 +56,15 @@ def _texts(lines: Iterable[str]) -> Iterator[str]:
         yield from lines
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"this is no text in UTF-8: {error}; an archive is to be unpacked first") from error
+
+
+def _is_saga(document: Any) -> bool:
+    if not isinstance(document, dict) or not _PARTS.keys() <= document.keys():
+        return False
+    rows = document["history"]
+    return (
+        all(isinstance(document[name], kind) for name, kind in _PARTS.items())
+        and _id.fullmatch(document["id"]) is not None
+        and bool(rows)
+        and all(isinstance(row, dict) and row.keys() >= _OF_ROW for row in rows)
+    )

@@ -1,5 +1,6 @@
 """What operators write wrongly, or others on purpose, is no traceback, and what they read is readable."""
 
+import json
 import sys
 from datetime import UTC, datetime, timedelta
 from io import StringIO
@@ -12,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from typer.testing import CliRunner
 
+from coordinator.chain import COLUMNS
 from coordinator.cli import cli, main
 from coordinator.durations import age, ago, utc
 from coordinator.exports import read
@@ -154,6 +156,27 @@ def test_an_export_that_is_none_is_refused(tmp_path: Path) -> None:
         list(read(lines))
     with pytest.raises(ConfigurationError, match="line 1 is no JSON"):
         list(read(["[" * 100_000]))
+    saga = {
+        "id": "01a20000-0000-7000-8000-000000000001",
+        "saga": "order",
+        "version": 1,
+        "key": "1",
+        "created_at": "2026-11-26T09:00:00+00:00",
+        "state": {},
+        "history": [dict.fromkeys(COLUMNS)],
+    }
+    assert list(read([json.dumps(saga)])) == [saga]
+    wrongs: list[dict[str, Any]] = [
+        {"id": 1},
+        {"id": "x"},
+        {"version": "a"},
+        {"history": None},
+        {"history": []},
+        {"history": [{}]},
+    ]
+    for wrong in wrongs:
+        with pytest.raises(ConfigurationError, match="line 1 is no saga; write the file with"):
+            list(read([json.dumps({**saga, **wrong})]))
 
 
 def test_what_an_entity_is_escalated_to_is_no_markup() -> None:
