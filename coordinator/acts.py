@@ -13,6 +13,8 @@ from pydantic_core import to_json
 
 from coordinator.decision import Acted, Replied, Resolution, Verb
 from coordinator.draft import Draft
+from coordinator.fan import list_items
+from coordinator.flow import Each
 from coordinator.instance import Status, StepState, StepStatus, step_and_item
 from coordinator.requests import send, try_anew, undo
 from coordinator.steps import OutcomeHook, Step
@@ -185,10 +187,11 @@ def _try_again(draft: Draft, name: str, at: StepState) -> bool:
             undo(draft, step, name)
         case _ if draft.is_why_stuck(name):
             draft.resume()
-            if at.fan is None:
+            node = draft.definition.by_name[step_and_item(name)[0]]
+            if isinstance(node, Each) and at.fan is not None:  # its items could not be listed
+                list_items(draft, node)
+            else:
                 try_anew(draft, step, name)
-            else:  # its items could not be listed
-                del draft.steps[name]
             draft.clear()
         case _:
             return False

@@ -19,7 +19,7 @@ from events.envelope import Direction
 def fan_out(draft: Draft, node: Each) -> bool:
     """Begin as many items as may be under way; say whether all of them are done."""
     if node.name not in draft.steps:
-        _list(draft, node)
+        list_items(draft, node)
     fan = draft.count_items(node)
     if draft.steps[node.name].status is not StepStatus.RUNNING:
         return draft.steps[node.name].status.done
@@ -88,7 +88,7 @@ def _undo(draft: Draft, node: Each, names: Iterable[str]) -> None:
             undo(draft, node.step, name)
 
 
-def _list(draft: Draft, node: Each) -> None:
+def list_items(draft: Draft, node: Each) -> None:
     """Ask the saga for the items, and write them down."""
     items, error = draft.ask(node.items)
     if error is None and not isinstance(items, list):
