@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.base import free_port, wait_until
-from tests.support.processes import COMMAND, Process
+from tests.support.processes import COMMAND, Process, finish
 
 pytestmark = pytest.mark.acceptance
 
@@ -17,14 +17,7 @@ ORDER = "01a20000-0000-7000-8000-000000000005"
 
 
 def coordinator(environment: dict[str, str], *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        input=given,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        check=False,
-    )
+    return finish(*arguments, environment={"COLUMNS": "200", **environment}, given=given)
 
 
 def event(order: str, number: int, **more: object) -> str:

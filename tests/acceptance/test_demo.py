@@ -14,7 +14,7 @@ import pytest
 from coordinator.demo.generate import make_events
 from coordinator.demo.run import STOCK
 from tests.support.base import wait_until
-from tests.support.processes import COMMAND, Process, run
+from tests.support.processes import Process, finish, run
 
 pytestmark = pytest.mark.acceptance
 
@@ -36,7 +36,7 @@ EXPECTED_EFFECTS = {
 
 
 def demo(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(run("demo", "--directory", str(folder), "--json", environment={}))
+    document: dict[str, Any] = json.loads(run("demo", "--directory", str(folder), "--json", environment={}, fresh=True))
     return document
 
 
@@ -113,7 +113,7 @@ def test_people_get_tables_without_control_characters_where_there_is_no_terminal
 def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path: Path, kills: tuple[int, ...]) -> None:
     """Killed after so many lines of the journal, and started again on the same folder."""
     journal = tmp_path / "journal.jsonl"
-    process = Process(tmp_path / "log", "demo", "--directory", str(tmp_path), "--json", environment={})
+    process = Process(tmp_path / "log", "demo", "--directory", str(tmp_path), "--json", environment={}, fresh=True)
     with process:
         for number, lines in enumerate(kills):
             if number:
@@ -134,13 +134,7 @@ def test_what_cannot_be_read_or_was_said_twice_is_not_waited_for(tmp_path: Path)
     twice = {**events[0], "id": "another-event-of-the-same-user"}
     file = tmp_path / "events.jsonl"
     file.write_text("".join(json.dumps(event) + "\n" for event in [*events, twice]) + "not an event\n")
-    done = subprocess.run(
-        [*COMMAND, "demo", "--directory", str(tmp_path), "--events", str(file), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=90,
-    )
+    done = finish("demo", "--directory", str(tmp_path), "--events", str(file), "--json", environment={}, seconds=90)
     assert done.returncode == 1
     assert done.stderr.startswith("line 6: ")
     assert {(each["saga"], each["count"]) for each in json.loads(done.stdout)["sagas"]} == {

@@ -31,11 +31,14 @@ def environment(request: pytest.FixtureRequest, amqp_url: str, pg_url: str, otlp
     }
 
 
+# Fresh processes: OpenTelemetry reads some of its variables as it is imported.
 @pytest.fixture
 def running(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
         processes = [
-            stack.enter_context(Process(tmp_path / f"{part}.log", "run", APP, "--only", part, environment=environment))
+            stack.enter_context(
+                Process(tmp_path / f"{part}.log", "run", APP, "--only", part, environment=environment, fresh=True)
+            )
             for part in ("coordinator", "handlers")
         ]
         wait_until(lambda: all("is running" in process.log for process in processes), "the processes")
@@ -57,7 +60,7 @@ def place(environment: dict[str, str], folder: Path, numbers: list[int]) -> list
     ]
     file = folder / "orders.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    run("publish", str(file), environment=environment)
+    run("publish", str(file), environment=environment, fresh=True)
     return ids
 
 

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
+
+from tests.support.forks import Fork, fork_server
 
 import psutil
 
@@ -14,18 +17,19 @@ COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'coordinator'; from 
 
 
 class Process:
-    """A `coordinator ...` process; ended with the `with` block."""
+    """A `coordinator ...` process; ended with the `with` block. A fresh one imports all by itself."""
 
-    def __init__(self, log: Path, *arguments: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, log: Path, *arguments: str, environment: Mapping[str, str], fresh: bool = False) -> None:
         self._log = log
         self._arguments = arguments
         self._environment = {**os.environ, **environment}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._fresh = fresh
+        self._process: subprocess.Popen[bytes] | Fork | None = None
 
     def start(self) -> Self:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*COMMAND, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
+        with self._log.open("ab") as log, Path(os.devnull).open("rb") as nothing:
+            self._process = _start(
+                self._arguments, environment=self._environment, files=(nothing, log, log), fresh=self._fresh
             )
         return self
 
@@ -57,6 +61,11 @@ class Process:
         self.kill9()
         self.start()
 
+    def wait(self, seconds: float = 30) -> int:
+        """Return the exit code when it has ended."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
     def terminate(self, seconds: float = 30) -> int:
         """Ask it to stop; return its exit code."""
         assert self._process is not None
@@ -81,15 +90,42 @@ class Process:
             self.kill9()
 
 
-def run(*arguments: str, environment: Mapping[str, str]) -> str:
+def finish(
+    *arguments: str, environment: Mapping[str, str], given: str = "", fresh: bool = False, seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(given.encode())
+        stdin.seek(0)
+        process = _start(
+            arguments, environment={**os.environ, **environment}, files=(stdin, stdout, stderr), fresh=fresh
+        )
+        try:
+            code = process.wait(seconds)
+        finally:
+            process.kill()
+        said = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            said.append(file.read().decode())
+        return subprocess.CompletedProcess(arguments, code, *said)
+
+
+def run(*arguments: str, environment: Mapping[str, str], fresh: bool = False) -> str:
     """Run a command to its end and return what it printed; a failure is an error that shows what it said."""
-    done = subprocess.run(
-        [*COMMAND, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    done = finish(*arguments, environment=environment, fresh=fresh)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _start(
+    arguments: tuple[str, ...],
+    *,
+    environment: Mapping[str, str],
+    files: tuple[IO[bytes], IO[bytes], IO[bytes]],
+    fresh: bool,
+) -> subprocess.Popen[bytes] | Fork:
+    stdin, stdout, stderr = files
+    if fresh:
+        return subprocess.Popen([*COMMAND, *arguments], stdin=stdin, stdout=stdout, stderr=stderr, env=environment)
+    return fork_server().start(arguments, environment=environment, stdin=stdin, stdout=stdout, stderr=stderr)
