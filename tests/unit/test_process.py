@@ -113,3 +113,46 @@ def test_what_is_logged_neither_steers_the_terminal_nor_looks_like_another_recor
     assert first.endswith(r"ERROR   shop: no \x1b]0;x\x07\n2026-11-26 09:00:00,000 INFO    shop: all is well")
     assert all(line.startswith("  ") for line in stack)
     assert r"  ValueError: \x1b[2J" in stack
+
+
+class Alarm:
+    """Goes off unless it is wound up again or put away in time, as that of faulthandler does."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.due: float | None = None
+
+    def dump_traceback_later(self, seconds: float, *, exit: bool, file: object) -> None:
+        assert exit
+        assert file is not None
+        assert self.due is None or self.due > self.clock.monotonic()
+        self.due = self.clock.monotonic() + seconds
+
+    def cancel_dump_traceback_later(self) -> None:
+        self.due = None
+
+
+@pytest.fixture
+def alarm(monkeypatch: pytest.MonkeyPatch) -> Alarm:
+    made = Alarm(ManualClock())
+    monkeypatch.setattr("coordinator.process.sys.stderr", sys.__stderr__)
+    monkeypatch.setattr("coordinator.process.faulthandler", made)
+    return made
+
+
+@pytest.mark.parametrize(("limit", "every"), [(0.8, 0.2), (60, 5.0)])
+async def test_a_loop_that_is_slow_and_not_stuck_goes_on_and_nobody_watches_it_in_the_end(
+    alarm: Alarm, limit: float, every: float
+) -> None:
+    async with exits_when_stalled(limit, alarm.clock):
+        for _ in range(10):
+            await alarm.clock.asleep(every)
+            assert alarm.due == alarm.clock.monotonic() + limit
+            alarm.clock.advance(0.9 * limit)
+    assert alarm.due is None
+
+
+async def test_without_a_limit_nobody_watches(alarm: Alarm) -> None:
+    async with exits_when_stalled(0, alarm.clock):
+        assert alarm.due is None
+    assert alarm.clock.sleeps == 0
