@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ from events.errors import ConfigurationError, StaleRowError
 from events.ids import TimeOrderedIds
 from handlers.inbox import OF_SAGAS
 from handlers.tables import inbox, retry
-from tests.support.engines import World, actions, open_world, reply, wanted
+from tests.support.engines import World, actions, reply, wanted
 from tests.support.flows import START, count_rows
 from tests.support.histories import chained
 from tests.support.sagas import FlightBooked, Run
@@ -32,12 +31,6 @@ from tests.support.sagas import FlightBooked, Run
 _ids = TimeOrderedIds()
 DAY = timedelta(days=1)
 NOW = START + 100 * DAY
-
-
-@pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    async with open_world(database_url) as opened:
-        yield opened
 
 
 def completed() -> Run:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Self
@@ -35,7 +34,6 @@ from tests.support.engines import (
     actions,
     envelope_of,
     failing,
-    open_world,
     reply,
     wanted,
 )
@@ -45,24 +43,17 @@ from tests.support.flows import (
     count_rows,
     until,
 )
-from tests.support.sagas import BookFlight, BookHotel, CancelHotel, FlightBooked, FlightFull, PayTrip, Trip, TripWanted
-
-
-class NewTrip(Saga, name="trip", version=2):
-    """A trip that needs nothing but a hotel."""
-
-    trip: str
-
-    @starts_on(TripWanted)
-    @classmethod
-    def wanted(cls, event: TripWanted) -> Self:
-        return cls(trip=event.trip)
-
-    @step
-    def hotel(self) -> BookHotel:
-        return BookHotel(trip=self.trip)
-
-    flow = sequence(hotel)
+from tests.support.sagas import (
+    BookFlight,
+    BookHotel,
+    CancelHotel,
+    FlightBooked,
+    FlightFull,
+    NewTrip,
+    PayTrip,
+    Trip,
+    TripWanted,
+)
 
 
 def is_long(self: Any) -> bool:
@@ -158,18 +149,6 @@ class Odd(Saga):
         return Blob(data=b"\xff")
 
     flow = sequence(hotel, flight)
-
-
-@pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    async with open_world(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def shared(pg_url: str) -> AsyncIterator[World]:
-    async with open_world(pg_url) as opened:
-        yield opened
 
 
 async def test_many_starts_and_replies_are_one_transaction(world: World) -> None:

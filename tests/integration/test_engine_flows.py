@@ -1,7 +1,6 @@
 """Waits, fan-outs and children in the store: on both databases, and side by side on PostgreSQL."""
 
 import logging
-from collections.abc import AsyncIterator
 from typing import Any, Self
 from uuid import UUID, uuid4
 
@@ -16,7 +15,7 @@ from coordinator.instance import Instance, Status, StepStatus
 from coordinator.operator import Operator
 from coordinator.reruns import rerun
 from coordinator.search import Query
-from coordinator.steps import compensated, completed, starts_on, step
+from coordinator.steps import starts_on, step
 from coordinator.store import Store
 from coordinator.tables import parked_event, saga_history, saga_instance, saga_item, saga_wait
 from coordinator.timers import find_timers
@@ -27,8 +26,9 @@ from events.database import transaction
 from events.derive import derive_id
 from events.envelope import Direction, Envelope, Result, SagaLink, wrap
 from events.message import Command, Event, Failed, Message, Refused, Reply, Succeeded
-from tests.support.engines import SMALL, Coordinator, World, actions, envelope_of, open_world
+from tests.support.engines import SMALL, Coordinator, World, actions, envelope_of
 from tests.support.flows import START, count_rows, until
+from tests.support.packing import Pack, Packing, Unpack
 
 DO, UNDO = Direction.DO, Direction.UNDO
 
@@ -221,47 +221,6 @@ class Posting(Saga):
     flow = sequence(charge, each(numbers, ship))
 
 
-class Pack(Command):
-    order: str
-
-
-class Unpack(Command):
-    order: str
-
-
-class Packed(Event):
-    order: str
-
-
-class Packing(Saga):
-    """A child."""
-
-    order: str
-
-    @starts_on(Pack, undone_by=Unpack)
-    @classmethod
-    def asked(cls, command: Pack) -> Self:
-        return cls(order=command.order)
-
-    @step
-    def reserve(self) -> Reserve:
-        return Reserve(order=self.order)
-
-    @reserve.compensation
-    def release(self) -> Release:
-        return Release(order=self.order)
-
-    flow = sequence(reserve)
-
-    @completed
-    def packed(self) -> Packed:
-        return Packed(order=self.order)
-
-    @compensated
-    def unpacked(self, reason: str) -> None:
-        assert reason
-
-
 class Parent(Saga):
     """Has a child."""
 
@@ -282,21 +241,9 @@ class Parent(Saga):
 
     @step(timeout=600)
     def reserve(self) -> Reserve:
-        return Reserve(order="parent")
+        return Reserve(order=self.order)
 
     flow = sequence(pack, reserve)
-
-
-@pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    async with open_world(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def shared(pg_url: str) -> AsyncIterator[World]:
-    async with open_world(pg_url) as opened:
-        yield opened
 
 
 def answer(command: Envelope, outcome: Message | None = None, result: Result = Result.SUCCEEDED) -> Envelope:
@@ -692,8 +639,8 @@ async def test_a_child_runs_on_its_own_and_its_end_is_the_answer(world: World) -
     await coordinator.take(envelope_of(Ordered(order="o-1")))
     [pack] = await world.sent("pack")
     await coordinator.take(pack, pack)
-    [reserve] = await world.sent("reserve")
-    await coordinator.take(answer(reserve))
+    [pick] = await world.sent("pick")
+    await coordinator.take(answer(pick))
     [packed] = [each for each in await world.sent("packed") if each.saga is not None]
     assert packed.saga is not None
     assert (packed.saga.step, packed.saga.result) == ("pack", Result.SUCCEEDED)
@@ -710,16 +657,16 @@ async def test_a_parent_that_turns_back_has_its_child_undone(world: World) -> No
     await coordinator.take(envelope_of(Ordered(order="o-1")))
     [pack] = await world.sent("pack")
     await coordinator.take(pack)
-    [reserve] = await world.sent("reserve")
-    await coordinator.take(answer(reserve))
+    [pick] = await world.sent("pick")
+    await coordinator.take(answer(pick))
     [packed] = [each for each in await world.sent("packed") if each.saga is not None]
     await coordinator.take(packed)
-    [theirs] = [each for each in await world.sent("reserve") if b"parent" in each.data]
-    await coordinator.take(answer(theirs, Refused(reason="none left"), Result.DECLINED))
+    [reserve] = await world.sent("reserve")
+    await coordinator.take(answer(reserve, Refused(reason="none left"), Result.DECLINED))
     [unpack] = await world.sent("unpack")
     await coordinator.take(unpack)
-    [release] = await world.sent("release")
-    await coordinator.take(answer(release))
+    [put_back] = await world.sent("put.back")
+    await coordinator.take(answer(put_back))
     undone = [each for each in await world.sent("succeeded") if each.saga is not None]
     assert [each.saga.direction for each in undone if each.saga] == [UNDO]
     await coordinator.take(*undone)

@@ -1,6 +1,5 @@
 """Instances in a database that are taken over into another version, beside the coordinators that run them."""
 
-from collections.abc import AsyncIterator
 from typing import Self, TypedDict
 
 import pytest
@@ -16,7 +15,7 @@ from events.errors import ConfigurationError
 from events.failpoints import armed
 from events.message import Command
 from handlers.tables import retry
-from tests.support.engines import Coordinator, Hold, World, open_world, reply, wanted
+from tests.support.engines import Coordinator, Hold, World, reply, wanted
 from tests.support.flows import count_rows, until
 from tests.support.sagas import BookHotel, PayTrip, Trip, TripWanted
 
@@ -74,18 +73,6 @@ class Back(Trip, name="trip", version=1):
     @classmethod
     def taken_back(cls, old: Later) -> Self:
         return cls(trip=old.trip)
-
-
-@pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    async with open_world(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def shared(pg_url: str) -> AsyncIterator[World]:
-    async with open_world(pg_url) as opened:
-        yield opened
 
 
 @pytest.fixture(autouse=True)

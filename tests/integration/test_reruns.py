@@ -1,7 +1,6 @@
 """Recorded sagas, decided on again by the code that they were recorded with, and by code that has changed since."""
 
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -19,10 +18,11 @@ from events.envelope import Direction, Envelope, Result
 from events.errors import ConfigurationError
 from events.message import Refused
 from tests.integration.test_engine_flows import Ordered as PackingOrdered
-from tests.integration.test_engine_flows import Packing as Child
-from tests.integration.test_engine_flows import Parent, Release, Reserve
+from tests.integration.test_engine_flows import Parent
 from tests.support.engines import Coordinator, World, envelope_of, open_world, reply, wanted
 from tests.support.flows import until
+from tests.support.packing import Packing as Child
+from tests.support.packing import Pick, PutBack
 from tests.support.sagas import (
     BookFlight,
     BookHotel,
@@ -34,7 +34,7 @@ from tests.support.sagas import (
     TripOff,
     TripWanted,
 )
-from tests.unit.test_fan_out import CallBack, Delivery, Labelled, Pick, ShipParcel
+from tests.unit.test_fan_out import CallBack, Delivery, Labelled, ShipParcel
 from tests.unit.test_fan_out import Ordered as Parcels
 from tests.unit.test_waits import Ordered, Paid, Prepaid
 
@@ -48,12 +48,6 @@ class Taken(Trip, name="trip", version=2):
     @classmethod
     def taken_over(cls, old: Trip) -> Self:
         return cls.from_state(old.to_state())
-
-
-@pytest.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
-    async with open_world(database_url) as opened:
-        yield opened
 
 
 async def documents(coordinator: Coordinator) -> list[dict[str, Any]]:
@@ -470,20 +464,20 @@ async def asked_and_recalled(world: World, *, migrate: bool = False) -> list[dic
     await coordinator.take(envelope_of(PackingOrdered(order="o-1")))
     [pack] = await world.sent("pack")
     await coordinator.take(pack)
-    [reserve] = await world.sent("reserve")
+    [pick] = await world.sent("pick")
     assert pack.saga is not None
-    assert reserve.saga is not None
+    assert pick.saga is not None
     if migrate:
         operator = Operator(coordinator.engine, coordinator.store, coordinator.clock)
         await coordinator.take(again(pack, attempt=2))
         assert (await operator.migrate("packing", 2, by="ada", why="a test")).moved == 1
         await coordinator.take(again(pack, attempt=3))
-    await coordinator.take(reply(reserve.saga.saga_id, "reserve"))
+    await coordinator.take(reply(pick.saga.saga_id, "pick"))
     if not migrate:
         await coordinator.take(pack, again(pack, attempt=2))
     undo = replace(pack, type="unpack", id="m-unpack", saga=replace(pack.saga, direction=Direction.UNDO))
     await coordinator.take(undo)
-    await coordinator.take(reply(reserve.saga.saga_id, "reserve", direction=Direction.UNDO))
+    await coordinator.take(reply(pick.saga.saga_id, "pick", direction=Direction.UNDO))
     await coordinator.take(again(undo, attempt=2))
     return [each for each in await documents(coordinator) if each["saga"] == "packing"]
 
@@ -513,35 +507,35 @@ class Reserving(Packing, name="packing"):
     """Undoes with another command."""
 
     @step
-    def reserve(self) -> Reserve:
-        return Reserve(order=self.order)
+    def pick(self) -> Pick:
+        return Pick(order=self.order)
 
-    @reserve.compensation
-    def release(self) -> Reserve:
-        return Reserve(order=f"not {self.order}")
+    @pick.compensation
+    def put_back(self) -> Pick:
+        return Pick(order=f"not {self.order}")
 
-    flow = sequence(reserve)
+    flow = sequence(pick)
 
 
 class Gentle(Packing, name="packing"):
     """Undoes with other words."""
 
     @step
-    def reserve(self) -> Reserve:
-        return Reserve(order=self.order)
+    def pick(self) -> Pick:
+        return Pick(order=self.order)
 
-    @reserve.compensation
-    def release(self) -> Release:
-        return Release(order=f"please {self.order}")
+    @pick.compensation
+    def put_back(self) -> PutBack:
+        return PutBack(order=f"please {self.order}")
 
-    flow = sequence(reserve)
+    flow = sequence(pick)
 
 
 async def test_where_a_recalled_child_would_go_another_way_is_found(world: World) -> None:
     recorded = await asked_and_recalled(world)
     [broken] = verdict(recorded, Parent, Reserving).broken
     assert (broken.revision, broken.kind) == (5, "recalled")
-    assert broken.what == "it would send reserve to undo reserve, not release to undo reserve"
+    assert broken.what == "it would send pick to undo pick, not put.back to undo pick"
     [differing] = verdict(recorded, Parent, Gentle).differing
     assert (differing.revision, differing.kind) == (5, "recalled")
     assert "with " + '{"order":"please o-1"}' in differing.what

@@ -5,12 +5,11 @@ import logging
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from coordinator import App, Saga, Settings, Status, sequence, starts_on, step
+from coordinator import App, Settings, Status, sequence, step
 from coordinator.node import Node
 from coordinator.operator import open_operator
 from coordinator.tables import saga_instance
@@ -19,30 +18,15 @@ from events.database import transaction
 from events.errors import ConfigurationError, DefinitionError
 from events.ids import TimeOrderedIds
 from tests.support.flows import START, open_store
-from tests.support.sagas import BookFlight, BookHotel, Trip, TripWanted
+from tests.support.sagas import BookFlight, NewTrip, Trip
 
 
-class Later(Saga, name="trip", version=2):
-    trip: str
-
-    @starts_on(TripWanted)
-    @classmethod
-    def wanted(cls, event: TripWanted) -> Self:
-        return cls(trip=event.trip)
-
-    @step
-    def hotel(self) -> BookHotel:
-        return BookHotel(trip=self.trip)
-
-    flow = sequence(hotel)
-
-
-class Changed(Later, name="trip", version=2):
+class Changed(NewTrip, name="trip", version=2):
     @step
     def flight(self) -> BookFlight:
         return BookFlight(trip=self.trip)
 
-    flow = sequence(Later.flow, flight)
+    flow = sequence(NewTrip.flow, flight)
 
 
 @pytest.fixture
@@ -64,8 +48,8 @@ async def add_instance(engine: AsyncEngine, saga: str, version: int, status: Sta
 
 async def test_a_definition_that_was_changed_under_its_number_is_refused_with_what_changed(engine: AsyncEngine) -> None:
     versions = Versions(engine)
-    await versions.register([Trip.definition, Later.definition], START)
-    await versions.register([Later.definition], START + timedelta(days=1))
+    await versions.register([Trip.definition, NewTrip.definition], START)
+    await versions.register([NewTrip.definition], START + timedelta(days=1))
     for refused in (versions.register([Changed.definition], START), versions.check([Changed.definition])):
         with pytest.raises(
             ChangedVersionError, match=r"saga trip version 2 .* step flight is new; .*version=3"
@@ -82,7 +66,7 @@ async def test_a_check_leaves_nothing_behind(engine: AsyncEngine) -> None:
 
 async def test_processes_that_come_at_once_agree(engine: AsyncEngine) -> None:
     versions = Versions(engine)
-    both = [versions.register([each.definition], START) for each in (Later, Changed) for _ in range(4)]
+    both = [versions.register([each.definition], START) for each in (NewTrip, Changed) for _ in range(4)]
     results = await asyncio.gather(*both, return_exceptions=True)
     assert sorted(type(each).__name__ for each in results if each) == ["ChangedVersionError"] * 4
 
@@ -91,7 +75,7 @@ async def test_a_version_is_forgotten_once_all_of_its_instances_have_ended(engin
     versions = Versions(engine)
     with pytest.raises(ConfigurationError, match="no version 2 of a saga trip"):
         await versions.forget("trip", 2)
-    await versions.register([Later.definition], START)
+    await versions.register([NewTrip.definition], START)
     await add_instance(engine, "trip", 2, Status.COMPLETED)
     await add_instance(engine, "trip", 2, Status.NEEDS_ATTENTION)
     with pytest.raises(ConfigurationError, match="instances that have not ended"):
@@ -104,7 +88,7 @@ async def test_a_version_is_forgotten_once_all_of_its_instances_have_ended(engin
 
 async def test_instances_are_counted_for_each_version(engine: AsyncEngine) -> None:
     versions = Versions(engine)
-    await versions.register([Trip.definition, Later.definition], START)
+    await versions.register([Trip.definition, NewTrip.definition], START)
     for status in (*Status, Status.RUNNING):
         await add_instance(engine, "trip", 1, status)
     await add_instance(engine, "other", 3, Status.COMPENSATING)
@@ -120,7 +104,7 @@ async def test_a_process_refuses_a_changed_saga_and_names_the_versions_that_it_l
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(database_url=f"sqlite:///{tmp_path / 'test.db'}")
-    async with Node(App("shop", sagas=[Trip, Later]), settings) as node:
+    async with Node(App("shop", sagas=[Trip, NewTrip]), settings) as node:
         await add_instance(node.engine, "trip", 2, Status.RUNNING)
     with caplog.at_level(logging.WARNING):
         async with Node(App("shop", sagas=[Trip]), settings):

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Self
 
-from tests.support.forks import Fork, fork_server
-
 import psutil
+
+from tests.support.forks import Fork, fork_server
 
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'coordinator'; from coordinator.cli import main; main()"]
 

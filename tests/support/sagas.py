@@ -139,6 +139,23 @@ class Trip(Saga):
             raise RuntimeError(f"{method} is broken")
 
 
+class NewTrip(Saga, name="trip", version=2):
+    """A trip that needs nothing but a hotel."""
+
+    trip: str
+
+    @starts_on(TripWanted)
+    @classmethod
+    def wanted(cls, event: TripWanted) -> Self:
+        return cls(trip=event.trip)
+
+    @step
+    def hotel(self) -> BookHotel:
+        return BookHotel(trip=self.trip)
+
+    flow = sequence(hotel)
+
+
 class Run(SagaRun):
     """A run of `Trip` by default, in the shorter words of the tests of the core."""
 

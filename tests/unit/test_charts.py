@@ -24,8 +24,9 @@ from coordinator.testing import SagaRun
 from coordinator.waits import awaits, delay
 from events.message import Event
 from examples.large_order import PlaceOrder
+from tests.support.packing import Pack, Packed, Packing
 from tests.support.trips import TripWanted, booking, is_far, run, saga
-from tests.unit.test_fan_out import Delivery, Labelled, Ordered, Pack, Packed, Packing, Tolerant, delivery
+from tests.unit.test_fan_out import Delivery, Labelled, Ordered, Tolerant, delivery
 from tests.unit.test_flow import World, flows
 
 

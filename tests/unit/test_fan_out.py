@@ -11,11 +11,12 @@ from coordinator.decision import Acted, Verb
 from coordinator.definition import Saga
 from coordinator.flow import each, parallel, sequence
 from coordinator.instance import Status, StepState, StepStatus
-from coordinator.steps import Backoff, compensated, completed, starts_on, step
+from coordinator.steps import Backoff, starts_on, step
 from coordinator.testing import SagaRun
 from events.envelope import Direction, Result
 from events.errors import DefinitionError
 from events.message import Command, Event, Reply
+from tests.support.packing import Pack, Packed, Packing, Pick, PutBack
 
 DO, UNDO = Direction.DO, Direction.UNDO
 SUCCEEDED, DECLINED, FAILED = Result.SUCCEEDED, Result.DECLINED, Result.FAILED
@@ -24,14 +25,6 @@ SUCCEEDED, DECLINED, FAILED = Result.SUCCEEDED, Result.DECLINED, Result.FAILED
 class Ordered(Event):
     order: str
     parcels: int = 3
-
-
-class Pick(Command):
-    order: str
-
-
-class PutBack(Command):
-    order: str
 
 
 class ShipParcel(Command):
@@ -439,47 +432,6 @@ def test_a_sequence_can_be_undone_all_at_once() -> None:
 
 
 # Children
-
-
-class Pack(Command):
-    order: str
-
-
-class Unpack(Command):
-    order: str
-
-
-class Packed(Event):
-    order: str
-
-
-class Packing(Saga):
-    """The child."""
-
-    order: str
-
-    @starts_on(Pack, undone_by=Unpack)
-    @classmethod
-    def asked(cls, command: Pack) -> Self:
-        return cls(order=command.order)
-
-    @step
-    def pick(self) -> Pick:
-        return Pick(order=self.order)
-
-    @pick.compensation
-    def put_back(self) -> PutBack:
-        return PutBack(order=self.order)
-
-    flow = sequence(pick)
-
-    @completed
-    def packed(self) -> Packed:
-        return Packed(order=self.order)
-
-    @compensated
-    def unpacked(self, reason: str) -> None:
-        assert reason
 
 
 def child() -> SagaRun:
