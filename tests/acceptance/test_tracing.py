@@ -94,7 +94,7 @@ def test_a_compensated_saga_is_one_tree_over_all_processes(
     decisions = [line for line in lines if "ledger-coordinator: saga order: " in line]
     assert len(decisions) == 5
     assert all(len(line) - len(line.lstrip()) == depth + 2 for line in decisions), text
-    for transport in ("saga.commands,reserve send", "saga.commands receive", "saga.replies,coordinator send"):
+    for transport in ("saga.commands,reserve send", "saga.commands receive", "saga.replies,coordinator.ledger send"):
         assert any(line.endswith(transport) for line in lines), text
 
 
