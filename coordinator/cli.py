@@ -91,6 +91,10 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
             raise ConfigurationError(f"{each!r} is no text in UTF-8; write it anew")
 
 
+def _say_running(what: str) -> None:
+    out.print(f"{what} is running; stop it with Ctrl-C", highlight=False)
+
+
 def _fail(text: str) -> NoReturn:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201  # this is the command line
     sys.exit(1)
@@ -123,8 +127,7 @@ def run(
             await stack.enter_async_context(
                 process.exits_when_overdue(settings.max_stall, SystemClock(), lambda: running.overdue)
             )
-            out.print(f"{loaded.name} is running; stop it with Ctrl-C", highlight=False)
-            await process.until_stopped()
+            await process.until_stopped(lambda: _say_running(loaded.name))
             stopping()
 
     service = f"{loaded.name}-{only}" if only else loaded.name
@@ -147,8 +150,7 @@ def relay() -> None:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(process.exits_when_stalled(settings.max_stall, SystemClock()))
             await process.enter_when_up(stack, opened, patience=settings.wait, clock=SystemClock())
-            out.print("the relay is running; stop it with Ctrl-C", highlight=False)
-            await process.until_stopped()
+            await process.until_stopped(lambda: _say_running("the relay"))
             stopping()
 
     with process.traced("relay"), process.shutdown_within(process.TIDY_UP) as stopping:

@@ -226,10 +226,11 @@ def _leave(why: str) -> NoReturn:
     os._exit(1)
 
 
-async def until_stopped() -> None:
-    """Return when the process is asked to stop: SIGTERM or SIGINT."""
+async def until_stopped(announce: Callable[[], None]) -> None:
+    """Return when the process is asked to stop: SIGTERM or SIGINT. Whoever has heard what it announces may ask."""
     stopped = asyncio.Event()
     with when_stopped(stopped.set):
+        announce()
         await stopped.wait()
 
 

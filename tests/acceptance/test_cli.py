@@ -122,6 +122,20 @@ def test_the_relay_alone_publishes_what_a_service_has_committed(on_servers: dict
         assert relay.terminate() == 0, relay.log
 
 
+@pytest.mark.parametrize("arguments", [["run", APP], ["relay"]])
+def test_a_process_can_be_stopped_as_soon_as_it_says_that_it_runs(
+    environment: dict[str, str], arguments: list[str]
+) -> None:
+    """Once it was killed by a SIGTERM that came at once, instead of ending well."""
+    script = (
+        "import os, signal, sys; from coordinator import cli;"
+        " cli.out.print = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
+    )
+    python = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([COMMAND[0], "-c", script, *arguments], env=python, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("variables", "arguments", "says"),
     [
