@@ -58,6 +58,8 @@ Reference = Annotated[str, typer.Argument(metavar="SAGA", help="the id or the bu
 
 out = Console()
 
+_OTHER_SCHEMA = ("no such table", "no such column", "UndefinedTableError", "UndefinedColumnError")
+
 
 class ChartFormat(StrEnum):
     """How a flowchart is written."""
@@ -75,8 +77,10 @@ def main() -> None:
         _fail(str(error))
     except SQLAlchemyError as error:
         cause = str(getattr(error, "orig", None) or error)
-        if "no such table" in cause or "UndefinedTableError" in cause:
-            _fail("the database has no schema yet; run `coordinator db upgrade`, or start the application")
+        if any(each in cause for each in _OTHER_SCHEMA):
+            _fail(
+                "the database has no schema yet, or an old one; run `coordinator db upgrade`, or start the application"
+            )
         _fail(f"the database refuses: {cause}")
     except OSError as error:
         if error.filename:

@@ -41,15 +41,37 @@ def head() -> str:
 async def current(engine: AsyncEngine) -> str | None:
     """Return the revision of the database, None for an empty one."""
     async with engine.connect() as connection:
-        return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+        return await connection.run_sync(_revision)
+
+
+def _revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _refuse_newer(found: str | None) -> None:
+    """Refuse a schema that only newer code knows: a process of today could spoil what that has written.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    known = {each.revision for each in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if found is not None and found not in known:
+        raise ConfigurationError(
+            f"the database schema is at {found}, which this version does not know: it needs {head()}; run the newer"
+            " version that has made it, or restore the database from before"
+        )
 
 
 async def upgrade(engine: AsyncEngine, tables: Iterable[MetaData] = ()) -> None:
     """Bring the schema up to date in one transaction, and create what is missing of an application's `tables`.
 
     Several processes may try at once; one does it, the others wait and find it done.
+
+    Raises:
+        ConfigurationError: a newer version has made the schema.
     """
     async with _locked(engine) as connection:
+        _refuse_newer(await connection.run_sync(_revision))
         await connection.run_sync(lambda sync: command.upgrade(_config(sync), "head"))
         await _create(connection, tables)
         await failpoint("schema.before_commit")
@@ -86,6 +108,7 @@ async def check(engine: AsyncEngine) -> None:
         ConfigurationError: it is not; the text says what to run.
     """
     found = await current(engine)
+    _refuse_newer(found)
     if found != head():
         raise ConfigurationError(
             f"the database schema is at {found or 'nothing'}, this version needs {head()}; run `coordinator db upgrade`"

@@ -194,13 +194,26 @@ async def test_an_empty_database_is_refused_with_what_to_run(engine: AsyncEngine
     assert await table_names(engine) == set()
 
 
-async def test_a_database_at_another_revision_is_refused_with_what_to_run(engine: AsyncEngine) -> None:
+async def test_a_database_at_an_older_revision_is_refused_with_what_to_run(engine: AsyncEngine) -> None:
     await schema.upgrade(engine)
     async with transaction(engine) as connection:
-        await connection.execute(text("UPDATE alembic_version SET version_num = 'other'"))
-    assert await schema.current(engine) == "other"
-    with pytest.raises(ConfigurationError, match=r"at other, .*; run `coordinator db upgrade`"):
+        await connection.execute(text("UPDATE alembic_version SET version_num = '0004'"))
+    assert await schema.current(engine) == "0004"
+    with pytest.raises(ConfigurationError, match=r"at 0004, .*; run `coordinator db upgrade`"):
         await schema.check(engine)
+
+
+async def test_a_database_that_newer_code_has_made_is_left_alone(engine: AsyncEngine) -> None:
+    """After a rollback of the code an upgrade would be no way out, and is not named as one."""
+    await schema.upgrade(engine)
+    async with transaction(engine) as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    for refused in (schema.check, schema.upgrade):
+        with pytest.raises(
+            ConfigurationError, match=r"at 9999, which this version does not know: it needs \d+; run the"
+        ):
+            await refused(engine)
+    assert await schema.current(engine) == "9999"
 
 
 async def test_the_migrations_make_the_tables_of_the_models(engine: AsyncEngine) -> None:

@@ -1,7 +1,9 @@
 """What operators write wrongly, or others on purpose, is no traceback, and what they read is readable."""
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -79,6 +81,17 @@ def test_a_file_that_cannot_be_opened_is_no_server_that_cannot_be_reached(
     monkeypatch.setenv("COORDINATOR_DATABASE_URL", f"sqlite:///{file}")
     expected = (1, f"error: {file}.lock cannot be opened: No such file or directory\n")
     assert said_by_main(monkeypatch, capsys, "db", "upgrade") == expected
+
+
+def test_an_old_schema_is_named_and_how_to_bring_it_up_to_date(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "saga.db")) as connection:
+        connection.execute("CREATE TABLE saga_instance (id CHAR(32) PRIMARY KEY)")
+    monkeypatch.setenv("COORDINATOR_DATABASE_URL", f"sqlite:///{tmp_path / 'saga.db'}")
+    code, said = said_by_main(monkeypatch, capsys, "sagas", "list")
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith("error: the database has no schema yet, or an old one; run `coordinator db upgrade`")
 
 
 @pytest.mark.parametrize(
