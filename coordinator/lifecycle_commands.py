@@ -171,11 +171,11 @@ def verify_audit(
 
     async def work(store: LifecycleStore) -> bool:
         good, found = 0, []
-        async for entity, problem in store.verify(lifecycle=lifecycle, key=key):
+        async for of, named, problem in store.verify(lifecycle=lifecycle, key=key):
             if problem is None:
                 good += 1
             else:
-                found.append((entity, problem))
+                found.append((of, named, problem))
         if key is not None and not good and not found:
             raise NoSuchEntityError(f"there is no {lifecycle} with the key {key!r}")
         lost = await store.lost() if lifecycle is None else []

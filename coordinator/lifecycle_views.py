@@ -78,15 +78,15 @@ def print_audit(console: Console, rows: Sequence[Row[Any]], *, as_json: bool) ->
 
 
 def print_verified(
-    console: Console, good: int, found: Sequence[tuple[Entity, str]], lost: Sequence[UUID], *, as_json: bool
+    console: Console, good: int, found: Sequence[tuple[str, str, str]], lost: Sequence[UUID], *, as_json: bool
 ) -> None:
     """Print how many entities are as their audit trail says, what is wrong with others, and which ones are `lost`."""
     if as_json:
-        broken = [{"lifecycle": each.lifecycle, "key": each.key, "problem": problem} for each, problem in found]
+        broken = [{"lifecycle": of, "key": key, "problem": problem} for of, key, problem in found]
         print_json(console, {"good": good, "broken": broken, "lost": [str(each) for each in lost]})
         return
-    for each, problem in found:
-        console.print(plain(f"{each.lifecycle} {each.key}: {problem}"), soft_wrap=True)
+    for of, key, problem in found:
+        console.print(plain(f"{of} {key}: {problem}"), soft_wrap=True)
     for identity in lost:
         console.print(f"{identity}: it is gone, and its audit trail is there", highlight=False, soft_wrap=True)
     console.print(f"{good} as their audit trail says, {len(found) + len(lost)} not", highlight=False)

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Row, Select, and_, or_, select, tuple_, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.lifecycles.chain import COLUMNS, audit_row, broken
@@ -16,6 +17,7 @@ from coordinator.lifecycles.tables import lifecycle_delegation, lifecycle_entity
 from events.bulk import Bulk
 from events.clock import Clock
 from events.database import reader
+from events.service import is_cancelled
 from events.storeclock import StoreClock
 
 _ENTITY = tuple(column.name for column in lifecycle_entity.c)
@@ -170,29 +172,44 @@ class LifecycleStore:
 
     async def verify(
         self, *, lifecycle: str | None = None, key: str | None = None
-    ) -> AsyncIterator[tuple[Entity, str | None]]:
-        """Return all entities, or those meant, each with what is wrong with its audit trail; None if nothing is.
-
-        An entity and its entries are read in one statement, so whoever acts meanwhile changes both or none.
-        """
-        e, h = lifecycle_entity.c, lifecycle_history.c
-        meant = select(e.id).order_by(e.id).limit(_PAGE)
+    ) -> AsyncIterator[tuple[str, str, str | None]]:
+        """Return all entities, or those meant, by life cycle and key, each with what is wrong with it, if any."""
+        e = lifecycle_entity.c
+        meant = select(e.id, e.lifecycle, e.key).order_by(e.id).limit(_PAGE)
         meant = meant if lifecycle is None else meant.where(e.lifecycle == lifecycle)
         meant = meant if key is None else meant.where(e.key == key)
+        page = await self._read(meant)
+        while page:
+            problems = await self._problems([row.id for row in page])
+            for row in page:
+                yield row.lifecycle, row.key, problems[row.id]
+            page = await self._read(meant.where(e.id > page[-1].id))
+
+    async def _problems(self, ids: Sequence[UUID]) -> dict[UUID, str | None]:
+        """Say what is wrong with entities; one that cannot be read hides no other."""
+        try:
+            return await self._compare(ids)
+        except Exception as error:
+            if is_cancelled() or isinstance(error, DBAPIError):
+                raise
+            if len(ids) == 1:
+                return {ids[0]: f"what is stored of it cannot be read: {error!r}"}
+        return {identity: problem for each in ids for identity, problem in (await self._problems([each])).items()}
+
+    async def _compare(self, ids: Sequence[UUID]) -> dict[UUID, str | None]:
+        """Compare entities with their entries, all read in one statement: who acts meanwhile changes both or none."""
+        e, h = lifecycle_entity.c, lifecycle_history.c
         both = select(lifecycle_entity, lifecycle_history).outerjoin_from(
             lifecycle_entity, lifecycle_history, h.entity_id == e.id
         )
-        last: UUID | None = None
-        while True:
-            page = meant if last is None else meant.where(e.id > last)
-            rows = await self._read(both.where(e.id.in_(page)).order_by(e.id, h.revision))
-            for last, group in groupby((row._mapping for row in rows), key=lambda row: row[e.id]):  # noqa: B007, SLF001  # the page ends with it; SQLAlchemy's name for it is public
-                entries = list(group)
-                entity = _entity_of({name: entries[0][e[name]] for name in Entity.__slots__})
-                trail = [{column.name: each[column] for column in h} for each in entries]
-                yield entity, broken(entity, trail if trail[0]["revision"] is not None else [])
-            if not rows:
-                return
+        rows = await self._read(both.where(e.id.in_(ids)).order_by(e.id, h.revision))
+        found: dict[UUID, str | None] = {}
+        for identity, group in groupby((row._mapping for row in rows), key=lambda row: row[e.id]):  # noqa: SLF001  # SQLAlchemy's name for it is public
+            entries = list(group)
+            entity = _entity_of({name: entries[0][e[name]] for name in Entity.__slots__})
+            trail = [{column.name: each[column] for column in h} for each in entries]
+            found[identity] = broken(entity, trail if trail[0]["revision"] is not None else [])
+        return found
 
     async def lost(self) -> Sequence[UUID]:
         """Return the ids of entities that are gone, and whose audit trail is there."""

@@ -370,7 +370,7 @@ async def test_the_audit_trail_is_found_by_person_time_and_entity(desk: Desk) ->
 
 
 async def verified(desk: Desk, **meant: str) -> dict[str, str | None]:
-    return {entity.key: problem async for entity, problem in desk.store.verify(**meant)}
+    return {key: problem async for _, key, problem in desk.store.verify(**meant)}
 
 
 async def test_an_audit_trail_that_is_whole_is_found_to_be(desk: Desk) -> None:
@@ -427,6 +427,25 @@ async def test_votes_and_an_escalation_are_what_the_audit_trail_says(desk: Desk)
     assert await verified(desk) == {"p-1": "its votes and escalated_to are not what its audit trail says"}
 
 
+@pytest.mark.parametrize(
+    "done",
+    [
+        "UPDATE lifecycle_history SET change = 'nonsense' WHERE revision = 1 AND entity_id IN ({})",
+        "UPDATE lifecycle_entity SET votes = '[]' WHERE id IN ({})",
+    ],
+)
+async def test_an_entity_that_cannot_be_read_hides_no_other(desk: Desk, done: str) -> None:
+    for number in ("p-1", "p-2", "p-3"):
+        await desk.create(number)
+    async with transaction(desk.engine) as connection:
+        await connection.exec_driver_sql(done.format("SELECT id FROM lifecycle_entity WHERE key = 'p-2'"))
+        await connection.exec_driver_sql("UPDATE lifecycle_entity SET state = 'out' WHERE key = 'p-3'")
+    found = await verified(desk)
+    assert found["p-1"] is None
+    assert str(found["p-2"]).startswith("what is stored of it cannot be read: ")
+    assert found["p-3"] == "it is out, which its audit trail does not say"
+
+
 async def test_an_audit_trail_whose_entity_is_gone_is_found(sqlite_url: str) -> None:
     """SQLite asks for no foreign keys where a tool does not."""
     desk = Desk(sqlite_url, ManualClock())
@@ -439,6 +458,13 @@ async def test_an_audit_trail_whose_entity_is_gone_is_found(sqlite_url: str) -> 
         await connection.commit()
     assert await desk.store.lost() == [entity.id]
     await desk.engine.dispose()
+
+
+async def test_every_page_is_checked_to_its_last_entity(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.lifecycles.store._PAGE", 2)
+    for number in ("p-1", "p-2", "p-3", "p-4", "p-5"):
+        await desk.create(number)
+    assert len(await verified(desk)) == 5
 
 
 async def test_whoever_acts_while_an_audit_trail_is_checked_does_not_break_it(desks: list[Desk]) -> None:
