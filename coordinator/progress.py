@@ -5,6 +5,7 @@ from enum import StrEnum
 from coordinator.definition import Branch, SagaDefinition
 from coordinator.flow import Each, Leaf, Node, Parallel, Sequence, When, nodes
 from coordinator.instance import Instance, Status, StepStatus
+from events.errors import ConfigurationError
 
 
 class Mark(StrEnum):
@@ -45,9 +46,17 @@ _GOING_BACK = (StepStatus.UNDOING, StepStatus.UNDONE)
 
 
 class Progress:
-    """How far an instance has come in the flow of its definition."""
+    """How far an instance has come in the flow of its definition.
+
+    Raises:
+        ConfigurationError: it is archived, so that nobody knows here.
+    """
 
     def __init__(self, definition: SagaDefinition, instance: Instance) -> None:
+        if instance.status is Status.ARCHIVED:
+            raise ConfigurationError(
+                f"saga {instance.key} is archived: how far it came is in the file of `coordinator sagas archive`"
+            )
         self.definition = definition
         self.instance = instance
         self._steps = instance.steps

@@ -1,6 +1,7 @@
 """Flowcharts of sagas, as Mermaid and as plain text: every kind of part, and where it can stand."""
 
 import re
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Self
 
@@ -18,10 +19,11 @@ from coordinator.definition import SagaDefinition
 from coordinator.durations import lasting
 from coordinator.flow import Leaf, Node, nodes
 from coordinator.flow import each as each_of
-from coordinator.instance import Instance
+from coordinator.instance import Instance, Status
 from coordinator.steps import completed, starts_on, step
 from coordinator.testing import SagaRun
 from coordinator.waits import awaits, delay
+from events.errors import ConfigurationError
 from events.message import Event
 from examples.large_order import PlaceOrder
 from tests.support.packing import Pack, Packed, Packing
@@ -330,6 +332,15 @@ def test_a_saga_on_its_way_back_says_what_is_undone_and_what_is_to_be_undone() -
     trip.succeeds()
     assert line(trip, "compensated") == "[x] compensated"
     assert "class compensated done" in drawn(trip)
+
+
+def test_an_archived_saga_is_not_drawn_as_one_that_has_done_nothing() -> None:
+    flow = sequence(booking("a"))
+    instance = replace(run(flow).instance, status=Status.ARCHIVED, steps={}, state={})
+    definition = saga(flow).definition
+    for draw in (mermaid, text_chart):
+        with pytest.raises(ConfigurationError, match=r"saga .* is archived: how far it came is in the file"):
+            draw(definition, instance)
 
 
 def test_a_saga_with_a_lock_says_so_and_whether_it_waits_for_its_turn() -> None:
