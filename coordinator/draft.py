@@ -36,6 +36,7 @@ class Draft:
         self.reason = instance.reason
         self.turned_back = instance.turned_back
         self.origin = instance.origin
+        self.announced = instance.announced
         self.limit = instance.deadline
         self.requests: list[Request] = []
         self.announcements: list[Announcement] = []
@@ -321,6 +322,7 @@ class Draft:
             updated_at=self.now,
             turned_back=self.turned_back,
             origin=self.origin,
+            announced=self.announced,
             deadline=deadline,
         )
         sent = [

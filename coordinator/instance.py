@@ -247,6 +247,7 @@ class Instance:
         head: the hash of the last row of its history; empty before the first.
         turned_back: whether it is undone, or was.
         origin: the command that a child saga answers.
+        announced: how it had ended when it published its event: one that is woken by late news does not say it twice.
     """
 
     id: UUID
@@ -266,6 +267,7 @@ class Instance:
     head: bytes = b""
     turned_back: bool = False
     origin: Origin | None = None
+    announced: Status | None = None
 
     def wants_more_by(self, now: datetime) -> bool:
         """Say whether a step for several items asks for its next ones."""

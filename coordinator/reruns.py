@@ -181,6 +181,7 @@ class _Rerun:
             deadline=_time(self._document.get("deadline")),
             turned_back=change["turned_back"],
             origin=self._origin_after(before),
+            announced=Status(announced) if (announced := change.get("announced")) else None,
         )
 
     def _again(self, sagas: Sagas, row: Document) -> str | None:

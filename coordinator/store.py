@@ -36,6 +36,7 @@ _COLUMNS = (
     "head",
     "turned_back",
     "origin",
+    "announced",
 )
 _FIXED = ("saga", "version", "key", "traceparent", "created_at")
 _insert = Bulk(saga_instance, *_COLUMNS)
@@ -99,6 +100,7 @@ class Store:
                 i.head,
                 i.turned_back,
                 i.origin and i.origin.to_json(),
+                i.announced and i.announced.value,
             )
             for i in instances
         ]
@@ -281,12 +283,13 @@ def _row(i: Instance) -> tuple[Any, ...]:
         i.head,
         i.turned_back,
         i.origin and i.origin.to_json(),
+        i.announced and i.announced.value,
     )
 
 
 def _instance(row: Any) -> Instance:
     identity, saga, version, key, status, state, steps, revision, due_at, reason, traceparent, *others = row
-    created, updated, deadline, head, turned_back, origin = others
+    created, updated, deadline, head, turned_back, origin, announced = others
     return Instance(
         id=identity,
         saga=saga,
@@ -305,4 +308,5 @@ def _instance(row: Any) -> Instance:
         head=head,
         turned_back=turned_back,
         origin=Origin.from_json(origin) if origin else None,
+        announced=Status(announced) if announced else None,
     )

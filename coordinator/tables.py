@@ -43,6 +43,7 @@ saga_instance = Table(
     Column("head", LargeBinary, nullable=False),  # the hash of the last row of its history
     Column("turned_back", Boolean, nullable=False, server_default=false()),
     Column("origin", Json),
+    Column("announced", Text),
     Index("uq_saga_instance_key_saga", "key", "saga", unique=True),  # in this order it finds a key alone, too
     Index("ix_saga_instance_due_at", "due_at", postgresql_where=_has_deadline, sqlite_where=_has_deadline),
     Index("ix_saga_instance_in_flight", "saga", "id", postgresql_where=_in_flight, sqlite_where=_in_flight),

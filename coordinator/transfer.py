@@ -59,6 +59,8 @@ def transfer(
     after = decision.instance
     steps_now = {name: at.to_json() for name, at in after.steps.items()}
     whole = {"state": after.state, "steps": steps_now, "turned_back": after.turned_back}
+    if after.announced is not None:
+        whole["announced"] = after.announced.value
     change = {**decision.entry.change, "version": [old.version, new.version], **whole}
     return replace(decision, entry=replace(decision.entry, change=change))
 

@@ -218,6 +218,7 @@ def _end(draft: Draft) -> None:
         else:
             draft.reason = f"completed, but {what}"[:MAX_REASON]
         draft.status = Status.NEEDS_ATTENTION
-    elif event is not None:
+    elif event is not None and draft.announced is not draft.status:
+        draft.announced = draft.status
         draft.announcements.append(Announcement(derive_id(draft.before.id, "announce", draft.status.value), event))
     draft.answer_as_it_is()

@@ -78,6 +78,7 @@ class World:
     standing: set[str] = field(default_factory=set)
     parked: dict[str, Event] = field(default_factory=dict)
     told: list[Answer] = field(default_factory=list)
+    announced: list[UUID] = field(default_factory=list)
     ended: set[Status] = field(default_factory=set)
     excused: set[str] = field(default_factory=set)
     by_hand: set[str] = field(default_factory=set)
@@ -162,6 +163,8 @@ class World:
 
     def _send(self, decision: Decision) -> None:
         self.asked += decision.requests
+        self.announced += [each.id for each in decision.announcements]
+        assert len(set(self.announced)) == len(self.announced), "an end is announced twice"
         self.commands += decision.requests
         self.told += decision.answers
         self.standing |= {each.step for each in decision.waits}

@@ -516,8 +516,7 @@ def test_a_late_success_wakes_a_saga_that_is_compensated_already() -> None:
     assert run.request.command == CancelFlight(trip="t-1", ticket="LH-1")
     run.undone("flight", attempt=2)
     assert run.instance.status is Status.COMPENSATED
-    first, second = (each.id for decision in run.decisions for each in decision.announcements)
-    assert first == second  # receivers take the second for a duplicate
+    [_] = (each for decision in run.decisions for each in decision.announcements)  # it is said once
     check(run)
 
 

@@ -197,6 +197,7 @@ class World:
         self.asked += decision.requests
         self.commands += decision.requests
         for announcement in decision.announcements:
+            assert announcement.id not in self.announced, "said twice"
             self.announced[announcement.id] = announcement.event
 
     def start(self) -> None:
