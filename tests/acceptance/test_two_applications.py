@@ -72,7 +72,8 @@ def test_each_coordinator_gets_the_answers_to_its_own_commands_and_both_hear_of_
         wait_until(lambda: all("is running" in each.log for each in processes.values()), "both applications")
         run("publish", str(lines), environment=environments["shop"])
         wait_until(lambda: all(ended(app) == expected[app] for app in APPS), f"the end of all sagas: {expected}", 60)
+        empty = [(0,)]
+        wait_until(lambda: all(ask(app, "SELECT count(*) FROM outbox") == empty for app in APPS), "empty outboxes")
     for app in APPS:
         assert ask(app, "SELECT reason, detail FROM dead_letter") == []
-        assert ask(app, "SELECT count(*) FROM outbox") == [(0,)]
         run("verify", environment=environments[app])
