@@ -1,6 +1,8 @@
 # The same commands for people and for CI. Each runs in the project's own .venv, which scripts/dev.sh makes when needed.
 DEV := scripts/dev.sh
 PYTEST := $(DEV) pytest
+# Most of a test is waiting. Each worker has servers of its own; the tests of a file share them, and stay together.
+WORKERS := 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit test-containers test-crash check format bench lock clean
@@ -15,7 +17,7 @@ demo:  ## run the demonstration
 	$(DEV) coordinator demo
 
 test: test-servers  ## run all tests, with servers from TEST_AMQP_URL and TEST_PG_URL, Docker, or this machine
-	$(PYTEST)
+	$(PYTEST) -n $(WORKERS) --dist loadfile
 
 test-unit:  ## run the tests that need no server
 	$(PYTEST) tests/unit

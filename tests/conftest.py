@@ -1,7 +1,7 @@
 """Servers for the tests. Nothing is skipped silently: the summary names what could not run, and CI fails for it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import TypeVar
 from uuid import uuid4
 
 import pytest
+from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # ships no types
 
 from tests.support import servers
-from tests.support.counts import noted
+from tests.support.counts import note, noted
 from tests.support.otlp import OtlpSink
 from tests.support.servers import MissingServerError, Postgres, RabbitMQ, Server
 
@@ -150,10 +151,13 @@ def _prepared(config: pytest.Config, make: Callable[[], ServerT]) -> Iterator[Se
 
 def _note(config: pytest.Config, server: Server) -> None:
     kind = "RabbitMQ" if isinstance(server, RabbitMQ) else "PostgreSQL"
-    line = f"{kind}: {server.source}"
-    noted = config.stash.setdefault(SOURCES, [])
-    if line not in noted:
-        noted.append(line)
+    _add_source(config, f"{kind}: {server.source}")
+
+
+def _add_source(config: pytest.Config, line: str) -> None:
+    sources = config.stash.setdefault(SOURCES, [])
+    if line not in sources:
+        sources.append(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -165,8 +169,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    to_tell = getattr(session.config, "workeroutput", None)
+    if to_tell is not None:  # several processes run tests, and this is not the one that reports
+        to_tell["sources"] = session.config.stash.get(SOURCES, [])
+        to_tell["counts"] = noted(session.config)
     if _not_run(session.config) and os.environ.get("CI", "").lower() == "true":
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, object, object]:
+    """Let a report be sent that quotes what is no Unicode: some tests log a lone surrogate."""
+    return _sendable((yield))
+
+
+def _sendable(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {key: _sendable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_sendable(each) for each in value)
+    return value
+
+
+def pytest_testnodedown(node: WorkerController) -> None:
+    said = getattr(node, "workeroutput", {})  # one that has crashed says nothing
+    for line in said.get("sources", []):
+        _add_source(node.config, line)
+    for line in said.get("counts", []):
+        note(node.config, line)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

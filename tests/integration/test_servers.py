@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.support.base import free_port
+from tests.support.base import free_port, own_ports
 from tests.support.otlp import OtlpSink
 from tests.support.servers import Postgres, RabbitMQ
 
@@ -58,9 +58,18 @@ async def execute(url: str, *statements: str) -> object:
 def test_no_port_is_given_twice_before_anything_listens_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker with one port for two of its listeners does not start."""
     drawn = iter([free := free_port(), free, free, free + 1, free + 2, free + 3])
-    monkeypatch.setattr(random, "randint", lambda _low, _high: next(drawn))
+    monkeypatch.setattr(random, "choice", lambda _ports: next(drawn))
 
     assert free not in {free_port(), free_port()}
+
+
+def test_processes_that_run_tests_side_by_side_give_different_ports() -> None:
+    def of(number: int) -> set[int]:
+        return set(own_ports({"PYTEST_XDIST_WORKER_COUNT": "2", "PYTEST_XDIST_WORKER": f"gw{number}"}))
+
+    assert not of(0) & of(1)
+    assert of(0) | of(1) == set(own_ports({}))
+    assert of(2) == of(0), "a worker that takes the place of one which crashed has the next number"
 
 
 def test_what_is_published_can_be_got(amqp_url: str, namespace: str) -> None:

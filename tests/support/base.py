@@ -2,13 +2,14 @@
 
 import base64
 import json
+import os
 import random
 import socket
 import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import quote, unquote, urlsplit
 from uuid import uuid4
@@ -21,17 +22,27 @@ class MissingServerError(Exception):
     """No server of this kind can be had from this source; the text says what would help."""
 
 
+_PORTS = range(20_000, 32_000)  # below the ephemeral range, so that no client's socket takes one in the meantime
 _given: set[int] = set()
 
 
+def own_ports(environment: Mapping[str, str]) -> range:
+    """The ports that this process may give away: of several that run tests side by side each has its own."""
+    workers = int(environment.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    number = int(environment.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = len(_PORTS) // workers
+    return _PORTS[number % workers * share :][:share]
+
+
 def free_port() -> int:
-    """A port to listen on, below the ephemeral range so that no client's socket takes it in the meantime.
+    """A port to listen on.
 
     No port is given twice: a server takes all of its ports before it listens on the first, and keeps them while it is
     stopped.
     """
+    ports = own_ports(os.environ)
     while True:
-        port = random.randint(20_000, 32_000)
+        port = random.choice(ports)
         if port in _given:
             continue
         with socket.socket() as probe:
