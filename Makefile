@@ -30,10 +30,10 @@ test-servers:
 	@$(DEV) python -m tests.support.servers install
 
 test-crash: test-servers  ## run the crash matrix in full, a minute of poison, 10,000 silent sagas, an upgrade of 1,000, a storm of timers, 100,000 random flows, a broker of three nodes, a broker that is killed 100 times
-	CRASH_MATRIX=full POISON_SECONDS=60 SILENCE_SAGAS=10000 UPGRADE_SAGAS=1000 TIMER_STORM=100000 $(PYTEST) tests/acceptance/test_crash_matrix.py \
-	  tests/acceptance/test_poison.py tests/acceptance/test_silence.py tests/acceptance/test_upgrade.py tests/acceptance/test_timer_storm.py tests/nightly
-	BROKER_KILLS=100 $(PYTEST) tests/integration/test_broker_faults.py -k test_f16
-	SAGA_EXAMPLES=100000 $(PYTEST) tests/unit/test_flow_properties.py
+	CRASH_MATRIX=full POISON_SECONDS=60 SILENCE_SAGAS=10000 UPGRADE_SAGAS=1000 TIMER_STORM=100000 BROKER_KILLS=100 SAGA_EXAMPLES=100000 \
+	  $(PYTEST) -n $(WORKERS) --dist loadfile tests/acceptance/test_crash_matrix.py tests/acceptance/test_poison.py tests/acceptance/test_silence.py \
+	  tests/acceptance/test_upgrade.py tests/acceptance/test_timer_storm.py tests/nightly tests/unit/test_flow_properties.py \
+	  tests/integration/test_broker_faults.py::test_f16_no_confirmed_message_is_lost_however_often_the_broker_is_killed_or_restarted
 
 check:  ## lint, formatting, types, layers, purity
 	$(DEV) ruff check
