@@ -143,7 +143,8 @@ class Arrivals:
             return False
         given, said = Happened(step, event, envelope.id, self._ports.now()), _recorded(envelope)
         name, links = f"{step} {envelope.type}", _links(item, envelope)
-        self._batch.decide_or_stop(instance, given, name, cause=envelope.id, recorded=said, links=links)
+        with self._batch.stopping(instance, name):
+            self._batch.decide(instance, given, name, cause=envelope.id, recorded=said, links=links)
         return self._batch.current[saga_id] is not instance
 
     def _take_command(self, item: Item, part: Readable) -> None:

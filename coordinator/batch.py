@@ -1,7 +1,8 @@
 """What a batch of messages and deadlines amounts to: decided on in memory, for the engine to write."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
@@ -121,7 +122,8 @@ class Batch:
 
     def elapse(self, instance: Instance, now: datetime) -> None:
         """Decide on an instance of which a deadline has passed by `now`: its own, that of a step or of an item."""
-        self.decide_or_stop(instance, Elapsed(now), "deadline", cause=_unanswered(instance, now))
+        with self.stopping(instance, "deadline"):
+            self.decide(instance, Elapsed(now), "deadline", cause=_unanswered(instance, now))
 
     def awaits_turn(self, saga: UUID) -> bool:
         """Say whether an instance has still not begun, although this application may have its version."""
@@ -136,7 +138,9 @@ class Batch:
         One whose version this application does not have is left to those that have it.
         """
         if self.awaits_turn(saga):
-            self.decide_or_stop(self.current[saga], Granted(self.ports.now()), "granted", cause=None)
+            instance = self.current[saga]
+            with self.stopping(instance, "granted"):
+                self.decide(instance, Granted(self.ports.now()), "granted", cause=None)
 
     def act(self, saga: UUID, given: Acted) -> Instance | CoordinatorError:
         """Decide on what an operator does to a loaded instance; return the instance, or why it is refused."""
@@ -200,19 +204,11 @@ class Batch:
                 if instance.status is not Status.NEEDS_ATTENTION:
                     self._notes.append(lambda: _alert(decision.instance))
 
-    def decide_or_stop(
-        self,
-        instance: Instance,
-        given: Input,
-        name: str,
-        *,
-        cause: str | None,
-        recorded: str | None = None,
-        links: Sequence[str] = (),
-    ) -> None:
-        """Decide where nobody could be told of an error: an instance that cannot be decided on is left to a person."""
+    @contextmanager
+    def stopping(self, instance: Instance, name: str) -> Iterator[None]:
+        """Leave an instance to a person if it cannot be decided on in this block: nobody else could be told of it."""
         try:
-            self.decide(instance, given, name, cause=cause, recorded=recorded, links=links)
+            yield
         except Exception as error:
             logger.exception("saga %s cannot be decided on", instance.id, extra={"action": "saga.undecidable"})
             self.stop(instance, f"{instance.saga} cannot be decided on ({name}): {error!r}")
