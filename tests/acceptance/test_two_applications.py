@@ -59,8 +59,8 @@ def test_each_coordinator_gets_the_answers_to_its_own_commands_and_both_hear_of_
     expected = {
         "shop": {("order", "completed"): ORDERS - undone, ("order", "compensated"): undone},
         "warehouse": {
-            ("delivery", "completed"): ORDERS - undone,
-            ("delivery", "compensated"): undone,
+            ("packing", "completed"): ORDERS - undone,
+            ("packing", "compensated"): undone,
             ("statistics", "completed"): ORDERS,
         },
     }

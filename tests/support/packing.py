@@ -28,6 +28,11 @@ class Packed(Event):
     order: str
 
 
+class Unpacked(Event):
+    order: str
+    reason: str
+
+
 class Packing(Saga):
     """A child."""
 
@@ -53,5 +58,5 @@ class Packing(Saga):
         return Packed(order=self.order)
 
     @compensated
-    def unpacked(self, reason: str) -> None:
-        assert reason
+    def unpacked(self, reason: str) -> Unpacked:
+        return Unpacked(order=self.order, reason=reason)

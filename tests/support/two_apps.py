@@ -5,9 +5,10 @@ Both start a saga on each order that is placed. Every third order goes nowhere: 
 
 from typing import Self
 
-from coordinator import App, Saga, completed, sequence, starts_on, step
+from coordinator import App, Saga, sequence, starts_on, step
 from events import Command, Event
 from handlers import Declined, handles
+from tests.support.packing import Pack, Packing, Pick, PutBack, Unpack
 
 
 class OrderPlaced(Event):
@@ -24,27 +25,7 @@ class Refund(Command):
     order: str
 
 
-class Deliver(Command):
-    order: str
-
-
-class FetchBack(Command):
-    order: str
-
-
-class Pick(Command):
-    order: str
-
-
-class PutBack(Command):
-    order: str
-
-
 class Count(Command):
-    order: str
-
-
-class Delivered(Event):
     order: str
 
 
@@ -70,7 +51,7 @@ async def count(command: Count) -> None:
 
 
 class Order(Saga):
-    """Of the shop: the warehouse delivers, as a saga of its own, and the card is charged."""
+    """Of the shop: the warehouse packs, as a saga of its own, and the card is charged."""
 
     order: str
     number: int
@@ -81,43 +62,18 @@ class Order(Saga):
         return cls(order=event.order, number=event.number)
 
     @step(timeout=60)
-    def deliver(self) -> Deliver:
-        return Deliver(order=self.order)
+    def pack(self) -> Pack:
+        return Pack(order=self.order)
 
-    @deliver.compensation
-    def fetch_back(self) -> FetchBack:
-        return FetchBack(order=self.order)
+    @pack.compensation
+    def unpack(self) -> Unpack:
+        return Unpack(order=self.order)
 
     @step(timeout=60)
     def charge(self) -> Charge:
         return Charge(order=self.order, number=self.number)
 
-    flow = sequence(deliver, charge)
-
-
-class Delivery(Saga):
-    """Of the warehouse: the child of an order."""
-
-    order: str
-
-    @starts_on(Deliver, undone_by=FetchBack)
-    @classmethod
-    def wanted(cls, command: Deliver) -> Self:
-        return cls(order=command.order)
-
-    @step(timeout=60)
-    def pick(self) -> Pick:
-        return Pick(order=self.order)
-
-    @pick.compensation
-    def put_back(self) -> PutBack:
-        return PutBack(order=self.order)
-
-    flow = sequence(pick)
-
-    @completed
-    def delivered(self) -> Delivered:
-        return Delivered(order=self.order)
+    flow = sequence(pack, charge)
 
 
 class Statistics(Saga):
@@ -138,4 +94,4 @@ class Statistics(Saga):
 
 
 shop = App("shop", sagas=[Order], handlers=[charge])
-warehouse = App("warehouse", sagas=[Delivery, Statistics], handlers=[pick, put_back, count])
+warehouse = App("warehouse", sagas=[Packing, Statistics], handlers=[pick, put_back, count])

@@ -7,6 +7,7 @@ import pytest
 from coordinator import App, Saga, awaits, sequence, starts_on, step
 from events import Command, Event
 from handlers import handles
+from tests.support.packing import Pack, Packing
 
 
 class Wanted(Event):
@@ -14,14 +15,6 @@ class Wanted(Event):
 
 
 class Paid(Event):
-    order: str
-
-
-class Pack(Command):
-    order: str
-
-
-class Unpack(Command):
     order: str
 
 
@@ -42,21 +35,6 @@ class Order(Saga):
         assert event.order
 
     flow = sequence(payment)
-
-
-class Packing(Saga):
-    order: str
-
-    @starts_on(Pack, undone_by=Unpack)
-    @classmethod
-    def wanted(cls, command: Pack) -> Self:
-        return cls(order=command.order)
-
-    @step
-    def throw(self) -> Throw:
-        return Throw(order=self.order)
-
-    flow = sequence(throw)
 
 
 class NewOrder(Saga, name="order", version=2):

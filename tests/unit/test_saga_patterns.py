@@ -9,11 +9,12 @@ from coordinator.decision import Verb
 from coordinator.definition import Saga
 from coordinator.flow import each, parallel, sequence
 from coordinator.instance import Status
-from coordinator.steps import Backoff, compensated, completed, starts_on, step
+from coordinator.steps import Backoff, starts_on, step
 from coordinator.testing import SagaRun
 from coordinator.waits import awaits
 from events.envelope import Direction, Result
 from events.message import Command, Event
+from tests.support.packing import Pack, Packed, Packing, Pick, PutBack, Unpack, Unpacked
 from tests.support.trips import booking, names, run
 
 DO, UNDO = Direction.DO, Direction.UNDO
@@ -98,62 +99,8 @@ def test_fan_out_with_partial_failure_goes_on_with_those_that_succeed() -> None:
     assert (fan.total, fan.failed, fan.stuck) == (4, 2, 0)
 
 
-class Pack(Command):
-    order: str
-
-
-class Unpack(Command):
-    order: str
-
-
-class Fetch(Command):
-    order: str
-
-
-class PutBack(Command):
-    order: str
-
-
 class OrderPlaced(Event):
     order: str
-
-
-class Packed(Event):
-    order: str
-
-
-class Unpacked(Event):
-    order: str
-    reason: str
-
-
-class Packing(Saga):
-    """The child."""
-
-    order: str
-
-    @starts_on(Pack, undone_by=Unpack)
-    @classmethod
-    def asked(cls, command: Pack) -> Self:
-        return cls(order=command.order)
-
-    @step
-    def fetch(self) -> Fetch:
-        return Fetch(order=self.order)
-
-    @fetch.compensation
-    def put_back(self) -> PutBack:
-        return PutBack(order=self.order)
-
-    flow = sequence(fetch)
-
-    @completed
-    def packed(self) -> Packed:
-        return Packed(order=self.order)
-
-    @compensated
-    def unpacked(self, reason: str) -> Unpacked:
-        return Unpacked(order=self.order, reason=reason)
 
 
 class Order(Saga):
@@ -175,8 +122,8 @@ class Order(Saga):
         return Unpack(order=self.order)
 
     @step
-    def ship(self) -> Fetch:
-        return Fetch(order=self.order)
+    def ship(self) -> Pick:
+        return Pick(order=self.order)
 
     flow = sequence(pack, ship)
 
@@ -225,8 +172,8 @@ class Delivery(Saga):
         return cls(order=event.order)
 
     @step
-    def fetch(self) -> Fetch:
-        return Fetch(order=self.order)
+    def fetch(self) -> Pick:
+        return Pick(order=self.order)
 
     @awaits(Paid, by="order")
     def money(self, _: Paid) -> None:
