@@ -1,6 +1,6 @@
 """What must hold of a saga and its history; docs/history.md says what the numbers stand for. Pure."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -124,19 +124,23 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def adds_up(state: str, steps: str, changes: Iterable[str]) -> bool:
-    """Say whether a saga is what the changes of its rows add up to, all as JSON text; cheaper than to retell it.
+def adds_up(document: str) -> bool:
+    """Say whether a saga is what the changes of its rows add up to; cheaper than to retell it.
 
     False is also what cannot be read, or may be right after all: `check_saga` tells.
+
+    Args:
+        document: as JSON text a list of its state, its steps, and what each of its rows has changed.
     """
     told_state: dict[str, Any] = {}
     told_steps: dict[str, Any] = {}
     try:
-        for change in map(from_json, changes):
+        state, steps, *changes = from_json(document)
+        for change in changes:
             told_state.update(change.get("state", {}))
             told_steps.update(change.get("steps", {}))
         told_steps = {name: at for name, at in told_steps.items() if "[" not in name}
-        return same(told_state, from_json(state)) and same(told_steps, from_json(steps))
+        return same(told_state, state) and same(told_steps, steps)
     except (AttributeError, TypeError, ValueError):
         return False
 

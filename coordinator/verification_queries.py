@@ -159,18 +159,43 @@ def unusual(page: Page) -> Select[Any]:
     return select(instance.id).where(page.of_instances, or_(unended, instance.id.in_(with_strange)))
 
 
-def changes(page: Page) -> Select[Any]:
-    """Ask for what each row of history has changed, as text, saga by saga."""
-    columns = saga_history.c
-    change = type_coerce(columns.change, Text).label("change")
-    return select(columns.saga_id, change).where(page.of_history).order_by(columns.saga_id, columns.revision)
-
-
 def completed(page: Page) -> Select[Any]:
-    """Ask for the state and the steps of completed sagas, as text."""
+    """Ask for completed sagas: the state, the steps, and what each row has changed, as a list in JSON text."""
+    rows = select(
+        saga_history.c.saga_id, saga_history.c.revision, type_coerce(saga_history.c.change, Text).label("change")
+    )
+    # In order for SQLite, whose aggregates have no order of their own; it merges no such query with another.
+    row = rows.where(page.of_history).order_by(saga_history.c.saga_id, saga_history.c.revision).subquery("rows").c
+    changes = _Joined(row.change, row.revision)
+    told = select(row.saga_id, changes.label("changes")).group_by(row.saga_id).subquery("told")
     instance = saga_instance.c
-    parts = (cast(instance[name], Text).label(name) for name in ("state", "steps"))
-    return select(instance.id, *parts).where(page.of_instances, instance.status == Status.COMPLETED.value)
+    state, steps = (cast(instance[name], Text) for name in ("state", "steps"))
+    document = literal("[") + state + literal(",") + steps + literal(",") + told.c.changes + literal("]")
+    joined = saga_instance.join(told, told.c.saga_id == instance.id)
+    return (
+        select(instance.id, document)
+        .select_from(joined)
+        .where(page.of_instances, instance.status == Status.COMPLETED.value)
+    )
+
+
+class _Joined(FunctionElement[str]):
+    """The texts of a group with commas between them, in the order of the second argument."""
+
+    inherit_cache = True
+    type = Text()
+
+
+@compiles(_Joined, "postgresql")
+def _joined_on_postgresql(element: _Joined, compiler: SQLCompiler, **options: Any) -> str:
+    texts, order = (compiler.process(each, **options) for each in element.clauses)
+    return f"string_agg({texts}, ',' ORDER BY {order})"
+
+
+@compiles(_Joined, "sqlite")
+def _joined_on_sqlite(element: _Joined, compiler: SQLCompiler, **options: Any) -> str:
+    texts, _ = (compiler.process(each, **options) for each in element.clauses)
+    return f"group_concat({texts}, ',')"
 
 
 class _Digest(FunctionElement[bytes]):
