@@ -104,8 +104,9 @@ class Topology:
 
     def _other_shape(self, kind: str, part: str, error: Exception) -> ConfigurationError:
         return ConfigurationError(
-            f"{kind} {self.name(part)} exists with other properties; use another namespace, or stop its users,"
-            f" empty and delete it, and start again ({error})"
+            f"{kind} {self.name(part)} exists with other properties; if it is another application's, give the handler"
+            " another name, or use another namespace; if not, stop its users, empty and delete it, and start again"
+            f" ({error})"
         )
 
 

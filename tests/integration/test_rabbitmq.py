@@ -319,6 +319,20 @@ async def test_what_rabbitmq_gives_up_on_goes_to_the_application_whose_queue_it_
             assert {(await received.next()).body for _ in range(9)} == {name.encode()}
 
 
+async def test_two_applications_cannot_have_handlers_of_one_name(amqp_url: str) -> None:
+    """They would take each other's messages."""
+    async with AsyncExitStack() as stack:
+        for name in ("one", "other"):
+            bus = RabbitMQBus(amqp_url, application=name, clock=SystemClock(), ids=TimeOrderedIds())
+            stack.push_async_callback(bus.close)
+            await bus.open()
+            if name == "one":
+                await bus.declare([PAYMENTS])
+                continue
+            with pytest.raises(ConfigurationError, match=r"saga\.payments exists .* give the handler another name"):
+                await bus.declare([PAYMENTS])
+
+
 def refuse(_: object) -> None:
     raise ValueError("poison")
 

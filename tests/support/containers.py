@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable
 from functools import cache
 
@@ -146,8 +147,8 @@ class _Container(Server):
             self._container.stop()
             self._running = False
 
-    def _ready(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _ready(self) -> bool: ...
 
     def _address(self, port: int) -> str:
         host = self._container.get_container_host_ip()

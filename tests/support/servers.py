@@ -10,6 +10,7 @@ installs what is missing where that is possible, and says what to install where 
 import os
 import subprocess
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class _Given(Server):
     def close(self) -> None:
         """Leaves it running."""
 
-    def _reachable(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _reachable(self) -> bool: ...
 
 
 class GivenRabbitMQ(_Given, RabbitMQ):
