@@ -244,7 +244,7 @@ def _lift(draft: Draft, given: Acted) -> None:
 
 def _refuse_without_own(draft: Draft) -> None:
     """The saga's own deadline is when it turns back: there is none once it cannot, or has."""
-    if draft.status not in (Status.WAITING, Status.RUNNING) or draft.is_past_pivot:
+    if not draft.may_turn_back:
         past = " and past its pivot" if draft.is_past_pivot else ""
         raise NotPossibleError(f"the saga is {draft.status}{past}; it has no deadline of its own any more")
 

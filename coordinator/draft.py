@@ -210,10 +210,15 @@ class Draft:
         self.set(step, due_at=self.now + timedelta(seconds=seconds))
 
     @property
+    def may_turn_back(self) -> bool:
+        """Whether the saga as a whole goes on, or will when a person has looked at it, and can still turn back."""
+        goes_on = self.status in (Status.WAITING, Status.RUNNING, Status.NEEDS_ATTENTION) and not self.turned_back
+        return goes_on and not self.is_past_pivot
+
+    @property
     def deadline(self) -> datetime | None:
         """When the saga as a whole turns back; None if it never does, or cannot any more."""
-        has_one = self.status in (Status.WAITING, Status.RUNNING) and not self.is_past_pivot
-        return self.limit if has_one else None
+        return self.limit if self.may_turn_back else None
 
     # Items
 
@@ -309,7 +314,7 @@ class Draft:
             for name, at in self.steps.items()
             if at.due_at is not None and self.status.in_flight and step_and_item(name)[1] is None
         ]
-        if deadline is not None:
+        if deadline is not None and self.status is not Status.NEEDS_ATTENTION:
             due.append(deadline)
         instance = replace(
             before,

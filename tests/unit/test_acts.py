@@ -117,6 +117,18 @@ def test_a_saga_that_was_given_up_on_goes_on_although_all_answers_have_come() ->
     assert names(trip.acts(Verb.RETRY, "a").sent) == ["book b"]
 
 
+def test_a_saga_keeps_its_deadline_while_a_person_must_look_at_it() -> None:
+    trip = given_up(run(sequence(booking("a"), booking("b", timeout=9000)), deadline=100)).succeeds()
+    assert (trip.status, trip.instance.due_at) == (Status.NEEDS_ATTENTION, None), "nothing happens by itself"
+    trip.acts(Verb.RETRY, "a")
+    assert trip.passes(99).status is Status.RUNNING
+    assert trip.passes(1).status is Status.COMPENSATING
+    moved = given_up(run(sequence(booking("a", timeout=9000)), deadline=100))
+    moved.acts(Verb.MOVE_DEADLINE, until=moved.now + timedelta(seconds=500)).acts(Verb.RETRY, "a")
+    assert moved.passes(499).status is Status.RUNNING
+    assert moved.passes(1).status is Status.COMPENSATING
+
+
 @pytest.fixture
 def broken() -> dict[str, bool]:
     """Whether a method of a saga raises; the next release of it does not."""
